@@ -1,0 +1,1 @@
+"""Backends: what compiles the graphs of a bundle, and what runs them."""

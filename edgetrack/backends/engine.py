@@ -1,0 +1,221 @@
+"""The one contract of all backends: what compiles a graph, and what runs it.
+
+An *engine* is what one backend runs for one graph of a bundle: a TensorRT plan, or for ONNX
+Runtime the graph optimised for this CPU. Engines of one bundle lie in one folder,
+``<model>-<precision>-<backend><version>-<arch>-<hash>/``, with ``engines.json`` that says what
+they were built from, by what, for what. That is checked before anything is deserialised.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from edgetrack.bundle import GraphSpec, sha256_of
+from edgetrack.errors import EngineMismatchError, EngineNotFoundError
+
+__all__ = ["Backend", "Buffers", "BuiltGraph", "Engine", "EngineKey", "EngineSet", "find_engines"]
+
+SIDECAR_NAME = "engines.json"
+
+Buffers = Mapping[str, npt.NDArray[Any]]
+
+
+class Engine(Protocol):
+    """One compiled graph, bound to buffers at fixed addresses."""
+
+    def bind(self, buffers: Buffers) -> None:
+        """Read inputs from and write outputs to ``buffers``, by name, from now on.
+
+        The buffers must outlive the engine and keep their addresses.
+        """
+
+    def enqueue(self) -> None:
+        """Run once over the bound buffers."""
+
+    def close(self) -> None:
+        """Free what it holds; calling it twice is fine."""
+
+
+class Backend(Protocol):
+    """One way to compile and run graphs.
+
+    Attributes:
+        name: Its name on the command line.
+        precisions: What it can build.
+        engine_suffix: File suffix of its engines.
+    """
+
+    name: str
+    precisions: tuple[str, ...]
+    engine_suffix: str
+
+    def key(self, *, model: str, bundle_digest: str, precision: str) -> "EngineKey":
+        """The key of engines that this backend builds here.
+
+        Raises:
+            ValueError: The backend has no such precision; the message says why.
+        """
+
+    def compile(
+        self,
+        onnx_path: Path,
+        engine_path: Path,
+        *,
+        precision: str,
+        on_step: Callable[[str, float], None] | None = None,
+    ) -> None:
+        """Compile one graph to a file; ``on_step(phase, fraction)`` reports progress.
+
+        Raises:
+            EngineBuildError: The compiler refused the graph.
+        """
+
+    def load(self, engine_path: Path, graph: GraphSpec) -> Engine:
+        """Load an engine that ``compile`` wrote."""
+
+    def load_onnx(self, onnx_path: Path, graph: GraphSpec) -> Engine:
+        """Compile a graph in memory, where the backend can do that at once.
+
+        Raises:
+            EngineNotFoundError: It cannot; the message names the build command.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineKey:
+    """What decides whether engines fit: source, precision, compiler, device, options.
+
+    Attributes:
+        model: Name of the bundle.
+        bundle_digest: ``Bundle.digest``.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        backend: Backend name.
+        backend_version: Version of the compiler.
+        device: Device name, such as ``Orin`` or a CPU's model name.
+        arch: ``sm_87``, ``x86_64`` …
+        options: Build options that change the engine.
+    """
+
+    model: str
+    bundle_digest: str
+    precision: str
+    backend: str
+    backend_version: str
+    device: str
+    arch: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def folder_name(self) -> str:
+        """``<model>-<precision>-<backend><version>-<arch>-<hash>``."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        readable = f"{self.model}-{self.precision}-{self.backend}{self.backend_version}-{self.arch}"
+        return re.sub(r"[^\w.+-]", "_", f"{readable}-{digest}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltGraph:
+    """One engine file: its name, SHA-256, size and build time."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+    build_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSet:
+    """All engines of one bundle in one folder.
+
+    Attributes:
+        path: The folder.
+        key: What they were built from, by and for.
+        graphs: Graph name → engine file.
+        built_at: UTC time, ISO 8601.
+    """
+
+    path: Path
+    key: EngineKey
+    graphs: Mapping[str, BuiltGraph]
+    built_at: str
+
+    @classmethod
+    def read(cls, path: Path) -> "EngineSet":
+        """Read ``engines.json``.
+
+        Raises:
+            EngineNotFoundError: There is none.
+            EngineMismatchError: It is not readable as one.
+        """
+        sidecar = path / SIDECAR_NAME
+        if not sidecar.is_file():
+            raise EngineNotFoundError(
+                f"{path}: expected engines (a folder with {SIDECAR_NAME}), got none; "
+                "run: edgetrack build"
+            )
+        try:
+            content = json.loads(sidecar.read_text(encoding="utf-8"))
+            return cls(
+                path=path,
+                key=EngineKey(**content["key"]),
+                graphs={k: BuiltGraph(**v) for k, v in content["graphs"].items()},
+                built_at=content["built_at"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineMismatchError(
+                f"{sidecar}: expected a description of engines, got: {error}; "
+                "run: edgetrack build --force"
+            ) from error
+
+    def write(self) -> None:
+        """Write ``engines.json``."""
+        content = {
+            "key": dataclasses.asdict(self.key),
+            "graphs": {k: dataclasses.asdict(v) for k, v in self.graphs.items()},
+            "built_at": self.built_at,
+        }
+        (self.path / SIDECAR_NAME).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+    def verify(self, expected: EngineKey) -> None:
+        """Refuse engines that were built for something else, or changed since.
+
+        Raises:
+            EngineMismatchError: The first field that differs is named, with the command to run.
+        """
+        for field in dataclasses.fields(EngineKey):
+            want, got = getattr(expected, field.name), getattr(self.key, field.name)
+            if want != got:
+                raise EngineMismatchError(
+                    f"{self.path.name}: expected {field.name} {want!r}, got {got!r}; engines run "
+                    "only where they were built, run: edgetrack build"
+                )
+        for name, graph in self.graphs.items():
+            file = self.path / graph.file
+            got_hash = sha256_of(file) if file.is_file() else "no file"
+            if got_hash != graph.sha256:
+                raise EngineMismatchError(
+                    f"{file}: expected SHA-256 {graph.sha256[:12]}… for {name}, got "
+                    f"{got_hash[:12]}; run: edgetrack build --force"
+                )
+
+
+def find_engines(root: Path, key: EngineKey) -> EngineSet | None:
+    """The engines under ``root`` with exactly this key, checked; ``None`` if there are none.
+
+    Raises:
+        EngineMismatchError: The folder is there but its content was changed.
+    """
+    folder = root / key.folder_name
+    if not (folder / SIDECAR_NAME).is_file():
+        return None
+    engines = EngineSet.read(folder)
+    engines.verify(key)
+    return engines

@@ -1,0 +1,103 @@
+"""Boxes: conversions, checks, clipping, overlap.
+
+Formats: ``xywh`` top-left corner and size, ``xyxy`` two corners, ``cxcywh`` centre and size.
+Pixels have their origin at the top-left corner of the frame. Arrays are ``(..., 4)``.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "as_bbox_xywh",
+    "clip_xywh",
+    "cxcywh_to_xywh",
+    "iou_xywh",
+    "xywh_to_cxcywh",
+    "xywh_to_xyxy",
+    "xyxy_to_xywh",
+]
+
+Boxes = npt.NDArray[np.floating]
+
+
+def xywh_to_cxcywh(boxes_xywh: Boxes) -> Boxes:
+    """Turn corner-and-size boxes ``(..., 4)`` into centre-and-size boxes."""
+    return np.concatenate([boxes_xywh[..., :2] + boxes_xywh[..., 2:] / 2, boxes_xywh[..., 2:]], -1)
+
+
+def cxcywh_to_xywh(boxes_cxcywh: Boxes) -> Boxes:
+    """Turn centre-and-size boxes ``(..., 4)`` into corner-and-size boxes."""
+    sizes = boxes_cxcywh[..., 2:]
+    return np.concatenate([boxes_cxcywh[..., :2] - sizes / 2, sizes], -1)
+
+
+def xywh_to_xyxy(boxes_xywh: Boxes) -> Boxes:
+    """Turn corner-and-size boxes ``(..., 4)`` into two-corner boxes."""
+    return np.concatenate([boxes_xywh[..., :2], boxes_xywh[..., :2] + boxes_xywh[..., 2:]], -1)
+
+
+def xyxy_to_xywh(boxes_xyxy: Boxes) -> Boxes:
+    """Turn two-corner boxes ``(..., 4)`` into corner-and-size boxes."""
+    return np.concatenate([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]], -1)
+
+
+def iou_xywh(a: Boxes, b: Boxes) -> Boxes:
+    """Intersection over union of boxes ``(..., 4)`` that broadcast against each other.
+
+    Returns:
+        Overlaps ``(...)`` in [0, 1]; NaN where either box has a NaN; 0 where both are empty.
+    """
+    left_top = np.maximum(a[..., :2], b[..., :2])
+    right_bottom = np.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:])
+    intersection = np.clip(right_bottom - left_top, 0, None).prod(-1)
+    union = a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - intersection
+    return np.asarray(intersection / np.where(union == 0, 1, union))
+
+
+def clip_xywh(
+    boxes_xywh: Boxes, *, width_px: float, height_px: float, margin_px: float = 0.0
+) -> Boxes:
+    """Clip boxes ``(..., 4)`` to a frame, keeping at least ``margin_px`` of each inside it."""
+    x1, y1, w, h = np.moveaxis(np.asarray(boxes_xywh), -1, 0)
+    x2, y2 = x1 + w, y1 + h
+    x1, x2 = np.clip(x1, 0, width_px - margin_px), np.clip(x2, margin_px, width_px)
+    y1, y2 = np.clip(y1, 0, height_px - margin_px), np.clip(y2, margin_px, height_px)
+    return np.stack([x1, y1, np.maximum(x2 - x1, margin_px), np.maximum(y2 - y1, margin_px)], -1)
+
+
+def as_bbox_xywh(
+    bbox: Sequence[float] | Boxes, *, width_px: int, height_px: int
+) -> npt.NDArray[np.float32]:
+    """Check a box that a user gave for a frame.
+
+    Args:
+        bbox: Four numbers x, y, w, h in pixels.
+        width_px: Width of the frame.
+        height_px: Height of the frame.
+
+    Returns:
+        The box ``(4,)``, float32, unchanged in value (it may stick out of the frame).
+
+    Raises:
+        ValueError: It does not hold four finite numbers, its width or height is not positive,
+            or it lies outside the frame.
+    """
+    try:
+        box = np.asarray(bbox, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"bbox: expected four numbers x, y, w, h, got {bbox!r}") from None
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(
+            f"bbox: expected four finite numbers x, y, w, h, got {np.asarray(bbox).tolist()!r}"
+        )
+    x, y, w, h = box.tolist()
+    if w <= 0 or h <= 0:
+        raise ValueError(f"bbox: expected a positive width and height in pixels, got {w:g} x {h:g}")
+    if x >= width_px or y >= height_px or x + w <= 0 or y + h <= 0:
+        raise ValueError(
+            f"bbox: expected a box that overlaps the {width_px}x{height_px} frame, "
+            f"got x={x:g} y={y:g} w={w:g} h={h:g}; x and y are the top-left corner in pixels"
+        )
+    return box

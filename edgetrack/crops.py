@@ -1,0 +1,110 @@
+"""Template and search-region crops, and the map back to the frame.
+
+The geometry is OSTrack's (Ye et al., ECCV 2022, arXiv 2203.11991): a square window of side
+``ceil(sqrt(w * h) * factor)`` at whole pixels around the target, zeros outside the frame, and a
+bilinear resize. Two differences: the map back uses the window that was really cut, where
+OSTrack ignores the rounding of its corner (up to half a pixel); and the last real column and row
+are kept at the right and bottom border, where OSTrack blanks them. The same code cuts crops in
+training and at run time.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["CropWindow", "Cropper", "to_rgb"]
+
+UInt8Array = npt.NDArray[np.uint8]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CropWindow:
+    """A square window of the frame, in whole pixels; it may reach outside the frame.
+
+    Attributes:
+        left_px: Left edge.
+        top_px: Top edge.
+        side_px: Side, at least 1.
+    """
+
+    left_px: int
+    top_px: int
+    side_px: int
+
+    @classmethod
+    def around(cls, bbox_xywh: npt.NDArray[Any], *, factor: float) -> "CropWindow":
+        """The window around a box, ``factor`` times the root of its area wide."""
+        x, y, w, h = (float(v) for v in bbox_xywh)
+        side = max(math.ceil(math.sqrt(w * h) * factor), 1)
+        return cls(round(x + w / 2 - side / 2), round(y + h / 2 - side / 2), side)
+
+    def to_crop(self, bbox_xywh: npt.NDArray[Any]) -> Float32Array:
+        """Frame pixels, xywh → cxcywh normalised to the crop; boxes ``(..., 4)``."""
+        x, y, w, h = np.moveaxis(np.asarray(bbox_xywh, np.float32), -1, 0)
+        centre_x, centre_y = x + w / 2 - self.left_px, y + h / 2 - self.top_px
+        return np.stack([centre_x, centre_y, w, h], -1) / np.float32(self.side_px)
+
+    def to_frame(self, bbox_cxcywh: npt.NDArray[Any]) -> Float32Array:
+        """Cxcywh normalised to the crop → frame pixels, xywh; boxes ``(..., 4)``."""
+        cx, cy, w, h = np.moveaxis(np.asarray(bbox_cxcywh, np.float32) * self.side_px, -1, 0)
+        return np.stack([cx - w / 2 + self.left_px, cy - h / 2 + self.top_px, w, h], -1)
+
+
+class Cropper:
+    """Cut square crops of one output size; memory is kept from crop to crop.
+
+    Args:
+        size_px: Side of the crops.
+    """
+
+    def __init__(self, size_px: int) -> None:
+        self.size_px = size_px
+        self._bgr = np.zeros((size_px, size_px, 3), np.uint8)
+        self._padded = np.zeros(0, np.uint8)
+
+    def crop(self, frame: UInt8Array, window: CropWindow, *, out: UInt8Array) -> None:
+        """Cut one crop.
+
+        Args:
+            frame: ``(H, W, 3)`` BGR, ``(H, W)`` or ``(H, W, 1)`` grey, or ``(H, W, 4)`` BGRA, uint8.
+            window: What to cut.
+            out: Written: ``(size_px, size_px, 3)``, uint8, RGB.
+        """
+        source = self._pixels(frame, window)
+        size = (self.size_px, self.size_px)
+        if source.ndim == 3 and source.shape[2] == 3:
+            cv2.resize(source, size, dst=self._bgr, interpolation=cv2.INTER_LINEAR)
+            cv2.cvtColor(self._bgr, cv2.COLOR_BGR2RGB, dst=out)
+        else:
+            resized = cv2.resize(source, size, interpolation=cv2.INTER_LINEAR)
+            out[...] = to_rgb(resized)
+
+    def _pixels(self, frame: UInt8Array, window: CropWindow) -> UInt8Array:
+        """The window's pixels: a view of the frame, or a padded copy at the border."""
+        height, width = frame.shape[:2]
+        left, top, side = window.left_px, window.top_px, window.side_px
+        x1, y1 = max(left, 0), max(top, 0)
+        x2, y2 = min(left + side, width), min(top + side, height)
+        if x2 - x1 == side and y2 - y1 == side:
+            return frame[y1:y2, x1:x2]
+        shape = (side, side, *frame.shape[2:])
+        count = math.prod(shape)
+        if self._padded.size < count:
+            self._padded = np.zeros(count, np.uint8)
+        padded = self._padded[:count].reshape(shape)
+        padded[...] = 0
+        if x2 > x1 and y2 > y1:
+            padded[y1 - top : y2 - top, x1 - left : x2 - left] = frame[y1:y2, x1:x2]
+        return padded
+
+
+def to_rgb(frame: UInt8Array) -> UInt8Array:
+    """Turn a BGR, BGRA or grey frame into RGB, ``(H, W, 3)`` uint8."""
+    channels = 1 if frame.ndim == 2 else frame.shape[2]
+    code = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}[channels]
+    return np.asarray(cv2.cvtColor(frame, code), np.uint8)

@@ -1,0 +1,1 @@
+"""Data sets: reading what others published, and rendering our own."""

@@ -1,0 +1,99 @@
+"""The exceptions that edgetrack raises.
+
+    EdgeTrackError
+    ├── BundleError              a bundle cannot be read or written
+    │   ├── BundleFormatError    its manifest lacks a key, or is of a newer format
+    │   └── BundleTamperedError  a file differs from the hash in the manifest
+    ├── EngineError              an engine cannot be built, found or run
+    │   ├── EngineNotFoundError  nothing was built for this bundle, precision and backend
+    │   ├── EngineMismatchError  it was built by another version or for another device
+    │   └── EngineBuildError     the compiler refused the graph, or there was no room
+    ├── BackendUnavailableError  the backend is unknown or not installed
+    ├── SourceError              a video, folder or camera cannot be read
+    │   ├── SourceEndedError     it ended before its own frame count said so
+    │   └── FrameSizeError       its frames change size
+    ├── TrackerStateError        a call came too early, or after close
+    ├── DataError                a data set is missing or malformed
+    └── CheckpointError          weights do not fit the model
+
+Bad arguments raise ``ValueError`` or ``TypeError``. Every message has the form
+*where: expected X, got Y; do Z*.
+"""
+
+__all__ = [
+    "BackendUnavailableError",
+    "BundleError",
+    "BundleFormatError",
+    "BundleTamperedError",
+    "CheckpointError",
+    "DataError",
+    "EdgeTrackError",
+    "EngineBuildError",
+    "EngineError",
+    "EngineMismatchError",
+    "EngineNotFoundError",
+    "FrameSizeError",
+    "SourceEndedError",
+    "SourceError",
+    "TrackerStateError",
+]
+
+
+class EdgeTrackError(Exception):
+    """Base of every error that edgetrack raises itself."""
+
+
+class BundleError(EdgeTrackError):
+    """A bundle cannot be read or written."""
+
+
+class BundleFormatError(BundleError):
+    """The manifest lacks a key, has a wrong value, or is of a newer format."""
+
+
+class BundleTamperedError(BundleError):
+    """A file of the bundle is missing or differs from its hash in the manifest."""
+
+
+class EngineError(EdgeTrackError):
+    """An engine cannot be built, found or run."""
+
+
+class EngineNotFoundError(EngineError):
+    """No engine was built for this bundle, precision and backend."""
+
+
+class EngineMismatchError(EngineError):
+    """An engine was built by another version, or for another device."""
+
+
+class EngineBuildError(EngineError):
+    """The compiler refused the graph, or there was no room to write."""
+
+
+class BackendUnavailableError(EdgeTrackError):
+    """The backend is unknown, or its package is not installed."""
+
+
+class SourceError(EdgeTrackError):
+    """A video, folder, camera or stream cannot be read."""
+
+
+class SourceEndedError(SourceError):
+    """A source ended before its own frame count said it would."""
+
+
+class FrameSizeError(SourceError):
+    """Frames of one source differ in size."""
+
+
+class TrackerStateError(EdgeTrackError):
+    """A call came before ``init``, or after ``close``."""
+
+
+class DataError(EdgeTrackError):
+    """A data set is missing or malformed."""
+
+
+class CheckpointError(EdgeTrackError):
+    """Weights do not fit the model, or a file is not a checkpoint."""

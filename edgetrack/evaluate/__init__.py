@@ -1,0 +1,1 @@
+"""Evaluation: metrics, protocols, results. Scores anything with `init` and `update`."""

@@ -1,0 +1,1 @@
+"""Tracker families, authored in torch: one file each."""

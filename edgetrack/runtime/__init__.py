@@ -1,0 +1,1 @@
+"""The frame loop of the device side: buffers, exit policies, the chain of engines."""

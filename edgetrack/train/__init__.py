@@ -1,0 +1,1 @@
+"""Training: recipes, sampling, losses, the loop."""

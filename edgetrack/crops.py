@@ -71,7 +71,7 @@ class Cropper:
         """Cut one crop.
 
         Args:
-            frame: ``(H, W, 3)`` BGR, ``(H, W)`` or ``(H, W, 1)`` grey, or ``(H, W, 4)`` BGRA, uint8.
+            frame: uint8; ``(H, W, 3)`` BGR, ``(H, W)`` or ``(H, W, 1)`` grey, ``(H, W, 4)`` BGRA.
             window: What to cut.
             out: Written: ``(size_px, size_px, 3)``, uint8, RGB.
         """

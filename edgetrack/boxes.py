@@ -53,7 +53,8 @@ def iou_xywh(a: Boxes, b: Boxes) -> Boxes:
     right_bottom = np.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:])
     intersection = np.clip(right_bottom - left_top, 0, None).prod(-1)
     union = a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - intersection
-    return np.asarray(intersection / np.where(union == 0, 1, union))
+    # (x + w) - x can round to more than w: without the clip, equal boxes may overlap by over 1.
+    return np.asarray(np.clip(intersection / np.where(union == 0, 1, union), 0, 1))
 
 
 def clip_xywh(

@@ -9,7 +9,7 @@
     │   ├── EngineMismatchError  it was built by another version or for another device
     │   └── EngineBuildError     the compiler refused the graph, or there was no room
     ├── BackendUnavailableError  the backend is unknown or not installed
-    ├── SourceError              a video, folder or camera cannot be read
+    ├── SourceError              a video, folder or camera cannot be read, or a video written
     │   ├── SourceEndedError     it ended before its own frame count said so
     │   └── FrameSizeError       its frames change size
     ├── TrackerStateError        a call came too early, or after close
@@ -36,7 +36,14 @@ __all__ = [
     "SourceEndedError",
     "SourceError",
     "TrackerStateError",
+    "package_missing",
 ]
+
+_INSTALL_HINTS = {
+    "cv2": "run: pip install 'edgetrack[opencv]', or on a Jetson make the venv with "
+    "--system-site-packages to get the system's own OpenCV",
+    "matplotlib": "run: pip install 'edgetrack[plot]'",
+}
 
 
 class EdgeTrackError(Exception):
@@ -76,7 +83,7 @@ class BackendUnavailableError(EdgeTrackError):
 
 
 class SourceError(EdgeTrackError):
-    """A video, folder, camera or stream cannot be read."""
+    """A video, folder, camera or stream cannot be read, or a video cannot be written."""
 
 
 class SourceEndedError(SourceError):
@@ -97,3 +104,9 @@ class DataError(EdgeTrackError):
 
 class CheckpointError(EdgeTrackError):
     """Weights do not fit the model, or a file is not a checkpoint."""
+
+
+def package_missing(package: str, error: ImportError) -> BackendUnavailableError:
+    """The error to raise where an optional package cannot be imported; it says what to install."""
+    hint = _INSTALL_HINTS[package]
+    return BackendUnavailableError(f"{package}: expected to import it, got: {error}; {hint}")

@@ -1,0 +1,388 @@
+"""Early-exit ViT tracker with General Distribution heads.
+
+Paper: "Efficient early exit single object tracking via general distribution", Y. Feng, D. Yuan,
+J. Song, H. Liu, Y. Yang, T. Zhang; Neurocomputing 661 (2026) 131888,
+doi 10.1016/j.neucom.2025.131888. Only its abstract is public: it states a one-stream trunk with
+several heads, box edges as General Distributions, their entropy as the exit criterion, Bypass
+Branch Modules that strengthen shallow heads, and a two-stage training that keeps the final head's
+performance. All else here is a reconstruction:
+
+- the layers after which it exits, 4 / 8 / 12 for the ``base`` trunk (OSTrack-256: Ye et al.,
+  ECCV 2022, arXiv 2203.11991, without candidate elimination);
+- the inside of a bypass branch (see ``heads.BypassBranch``) and of the heads (GFL's, with
+  OSTrack's tower widths), and 17 bins per edge;
+- a LayerNorm per exit; the final exit uses the trunk's own;
+- the mean of the four edges' normalised entropies as the uncertainty.
+
+The ``tiny`` variant differs further, to learn from little data and run on two CPU cores: a
+ShuffleNetV2 stem instead of a patch embedding, an explicit correlation of template and search
+cells as an input, an embedding of where the target's box covers the template, heads on a grid
+twice as fine as the tokens', one tower per head, and bins of 1/26 of the search region. Depth earns
+its place by design: the first exit sees one block and tokens alone; only the last sees the stem's
+fine features.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetrack.bundle import CropSpec
+from edgetrack.models.heads import (
+    BypassBranch,
+    GeneralDistributionHead,
+    decode_answer,
+    hann_window,
+    search_grid,
+)
+from edgetrack.models.layers import (
+    Block,
+    ConvNormAct,
+    PatchEmbed,
+    ShuffleStem,
+    box_coverage,
+    normalise,
+)
+from edgetrack.models.segmented import SegmentedModel, State
+
+__all__ = ["CONFIGS", "EarlyExitViT", "EarlyExitViTConfig", "create"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExitViTConfig:
+    """Architecture of an ``EarlyExitViT``; the defaults are OSTrack-256's trunk.
+
+    Attributes:
+        template_size_px: Side of the template crop.
+        template_factor: Its window over the root of the target's area.
+        search_size_px: Side of the search region.
+        search_factor: Its window over the root of the target's area.
+        stem: ``patch`` (16 px patches) or ``shuffle`` (ShuffleNetV2 to stride 16).
+        correlation_dim: Width of the stride-8 features that are correlated; 0 turns the explicit
+            correlation and the box embedding off (``shuffle`` only).
+        dim: Token width.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of an MLP over ``dim``.
+        exit_after: Number of blocks before each exit; the last is the depth.
+        bypass_dim: Width of the bypass branches.
+        bypass_heads: Attention heads in a bypass branch.
+        head_channels: Widths of the final head's convolutions.
+        shallow_head_channels: Widths of the shallow heads' convolutions.
+        num_towers: Towers per head, 1 or 2.
+        head_upsample: Head cells per token along a side.
+        num_bins: Bins per edge.
+        bin_size: Width of a bin as a share of the search region.
+        drop_path: Largest probability of dropping a residual branch in training.
+    """
+
+    template_size_px: int = 128
+    template_factor: float = 2.0
+    search_size_px: int = 256
+    search_factor: float = 4.0
+    stem: str = "patch"
+    correlation_dim: int = 0
+    dim: int = 768
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    exit_after: tuple[int, ...] = (4, 8, 12)
+    bypass_dim: int = 256
+    bypass_heads: int = 4
+    head_channels: tuple[int, ...] = (256, 128, 64, 32)
+    shallow_head_channels: tuple[int, ...] = (128, 64, 32)
+    num_towers: int = 2
+    head_upsample: int = 1
+    num_bins: int = 17
+    bin_size: float = 1 / 16
+    drop_path: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if self.stem not in ("patch", "shuffle"):
+            raise ValueError(f"stem: expected 'patch' or 'shuffle', got {self.stem!r}")
+        if list(self.exit_after) != sorted(set(self.exit_after)) or self.exit_after[0] < 1:
+            raise ValueError(f"exit_after: expected rising block counts, got {self.exit_after}")
+        if self.dim % self.num_heads or self.bypass_dim % self.bypass_heads:
+            raise ValueError("dim: expected a multiple of the number of heads")
+        if self.correlation_dim and self.stem != "shuffle":
+            raise ValueError("correlation_dim: expected 0 with stem 'patch'")
+
+
+CONFIGS: dict[str, EarlyExitViTConfig] = {
+    "base": EarlyExitViTConfig(),
+    "tiny": EarlyExitViTConfig(
+        template_size_px=64,
+        search_size_px=128,
+        stem="shuffle",
+        correlation_dim=64,
+        dim=160,
+        num_heads=5,
+        mlp_ratio=3.0,
+        exit_after=(1, 3, 6),
+        bypass_dim=96,
+        bypass_heads=3,
+        head_channels=(64,),
+        shallow_head_channels=(48,),
+        num_towers=1,
+        head_upsample=2,
+        bin_size=1 / 26,
+        drop_path=0.0,
+    ),
+}
+
+
+def create(config: str | Mapping[str, Any]) -> "EarlyExitViT":
+    """Make a model from the name of a variant or from a configuration as JSON holds it.
+
+    Raises:
+        ValueError: The configuration has an unknown key.
+    """
+    if isinstance(config, str):
+        return EarlyExitViT(CONFIGS[config])
+    known = {f.name for f in dataclasses.fields(EarlyExitViTConfig)}
+    if unknown := sorted(set(config) - known):
+        raise ValueError(f"early_exit_vit: expected keys among {sorted(known)}, got {unknown}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return EarlyExitViT(EarlyExitViTConfig(**values))
+
+
+class Backbone(nn.Module):
+    """The one-stream trunk; ``patch`` trunks have OSTrack's parameter names.
+
+    Args:
+        config: The architecture.
+    """
+
+    def __init__(self, config: EarlyExitViTConfig) -> None:
+        super().__init__()
+        self.template_grid = config.template_size_px // 16
+        self.search_grid = config.search_size_px // 16
+        dim, depth = config.dim, config.exit_after[-1]
+        if config.stem == "patch":
+            self.patch_embed = PatchEmbed(dim, 16)
+        else:
+            self.stem = ShuffleStem()
+            self.to_tokens = nn.Sequential(
+                nn.Conv2d(ShuffleStem.channels[1], dim, 1, bias=False), nn.BatchNorm2d(dim)
+            )
+        self.pos_embed_z = nn.Parameter(torch.zeros(1, self.template_grid**2, dim))
+        self.pos_embed_x = nn.Parameter(torch.zeros(1, self.search_grid**2, dim))
+        nn.init.trunc_normal_(self.pos_embed_z, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed_x, std=0.02)
+        drops = torch.linspace(0, config.drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, mlp_ratio=config.mlp_ratio, drop_path=drop)
+            for drop in drops
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def embed(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens ``(B, N, dim)`` without positions, and stride-8 features of a ``shuffle`` stem."""
+        pixels = normalise(image)
+        if hasattr(self, "patch_embed"):
+            return self.patch_embed(pixels), None
+        stride_8, stride_16 = self.stem(pixels)
+        return self.to_tokens(stride_16).flatten(2).transpose(1, 2), stride_8
+
+    def stem_requires_grad(self, is_trained: bool) -> None:
+        """Freeze a ``shuffle`` stem, or let it learn; a ``patch`` trunk has none to freeze."""
+        if hasattr(self, "stem"):
+            self.stem.requires_grad_(is_trained)
+
+
+class CorrelationPrior(nn.Module):
+    """Cosine similarity of every template cell with every search cell, as an input to the trunk.
+
+    Not in the paper. Cells are at stride 8; a template cell counts by how much of it the target's
+    box covers. Without it a small trunk needs many times the samples to learn to match.
+    """
+
+    def __init__(self, in_channels: int, *, dim: int, template_grid: int, token_dim: int) -> None:
+        super().__init__()
+        self.template_grid = template_grid
+        cells = template_grid**2
+        self.project = nn.Conv2d(in_channels, dim, 1)
+        self.mix = nn.Sequential(nn.BatchNorm2d(cells), ConvNormAct(cells, 64))
+        self.to_tokens = nn.Conv2d(64, token_dim, 3, 2, 1)
+
+    def kernel(self, template_features: Tensor, template_bbox_cxcywh: Tensor) -> Tensor:
+        """Template cells as correlation kernels ``(B, cells, dim)``."""
+        unit = nn.functional.normalize(self.project(template_features).flatten(2), dim=1)
+        cover = box_coverage(template_bbox_cxcywh, grid=self.template_grid)
+        return unit.transpose(1, 2) * (0.25 + 0.75 * cover)[..., None]
+
+    def maps(self, search_features: Tensor, kernel: Tensor) -> Tensor:
+        """Mixed correlation maps ``(B, 64, H, W)`` at stride 8."""
+        B, _, H, W = search_features.shape
+        unit = nn.functional.normalize(self.project(search_features).flatten(2), dim=1)
+        maps: Tensor = self.mix((kernel @ unit).reshape(B, -1, H, W))
+        return maps
+
+
+class ExitPath(nn.Module):
+    """From trunk tokens to the maps of one exit: norm, bypass branch, finer grid, head."""
+
+    def __init__(self, config: EarlyExitViTConfig, *, is_final: bool, skip_channels: int) -> None:
+        super().__init__()
+        self.grid = config.search_size_px // 16
+        width = config.dim if is_final else config.bypass_dim
+        channels = config.head_channels if is_final else config.shallow_head_channels
+        self.norm = None if is_final else nn.LayerNorm(config.dim, eps=1e-6)
+        self.bypass = (
+            None
+            if is_final
+            else BypassBranch(
+                config.dim, dim=width, num_heads=config.bypass_heads, grid=self.grid
+            )
+        )
+        self.refine: nn.Module | None = None
+        self.skip: nn.Module | None = None
+        if config.head_upsample > 1:
+            factor = config.head_upsample
+            self.refine = nn.Sequential(
+                nn.Conv2d(width, channels[0] * factor**2, 1), nn.PixelShuffle(factor)
+            )
+            width = channels[0]
+            if skip_channels:
+                self.skip = nn.Conv2d(skip_channels, width, 1)
+        self.head = GeneralDistributionHead(
+            (width, *channels), num_bins=config.num_bins, num_towers=config.num_towers
+        )
+
+    def forward(self, tokens: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens ``(B, N, dim)`` → score logits ``(B, HW)``, edge logits ``(B, HW, 4, K)``."""
+        if self.norm is not None:
+            tokens = self.norm(tokens)
+        features = (
+            search_grid(tokens, grid=self.grid) if self.bypass is None else self.bypass(tokens)
+        )
+        if self.refine is not None:
+            features = self.refine(features)
+            if self.skip is not None and skip is not None:
+                features = features + self.skip(skip)
+            features = nn.functional.relu(features)
+        maps: tuple[Tensor, Tensor] = self.head(features)
+        return maps
+
+
+class EarlyExitViT(SegmentedModel):
+    """One-stream ViT tracker that may stop after any of its segments.
+
+    Args:
+        config: The architecture.
+    """
+
+    family = "early_exit_vit"
+    paper = (
+        "Efficient early exit single object tracking via general distribution, "
+        "Neurocomputing 661 (2026) 131888, doi 10.1016/j.neucom.2025.131888"
+    )
+
+    def __init__(self, config: EarlyExitViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_exits = len(config.exit_after)
+        self.crops = CropSpec(
+            template_size_px=config.template_size_px,
+            template_factor=config.template_factor,
+            search_size_px=config.search_size_px,
+            search_factor=config.search_factor,
+        )
+        self.backbone = Backbone(config)
+        self.correlation: CorrelationPrior | None = None
+        skip_channels = 0
+        if config.correlation_dim:
+            self.correlation = CorrelationPrior(
+                ShuffleStem.channels[0],
+                dim=config.correlation_dim,
+                template_grid=config.template_size_px // 8,
+                token_dim=config.dim,
+            )
+            self.box_embed = nn.Parameter(torch.randn(2, config.dim) * 0.02)
+            skip_channels = ShuffleStem.channels[0] + 64
+        self.exits = nn.ModuleList(
+            ExitPath(
+                config,
+                is_final=index == self.num_exits - 1,
+                skip_channels=skip_channels if index == self.num_exits - 1 else 0,
+            )
+            for index in range(self.num_exits)
+        )
+        window = hann_window(config.search_size_px // 16 * config.head_upsample)
+        self.register_buffer("window", window, persistent=False)
+        self.window: Tensor
+
+    @property
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration, as JSON can hold it."""
+        return dataclasses.asdict(self.config)
+
+    def embed_template(self, template: Tensor, template_bbox_cxcywh: Tensor) -> State:
+        """Template tokens, and correlation kernels where the variant has them."""
+        tokens, stride_8 = self.backbone.embed(template)
+        tokens = tokens + self.backbone.pos_embed_z
+        if self.correlation is None or stride_8 is None:
+            return {"template_tokens": tokens}
+        cover = box_coverage(template_bbox_cxcywh, grid=self.backbone.template_grid)[..., None]
+        tokens = tokens + cover * self.box_embed[0] + (1 - cover) * self.box_embed[1]
+        kernel = self.correlation.kernel(stride_8, template_bbox_cxcywh)
+        return {"template_tokens": tokens, "correlation_kernel": kernel}
+
+    def segment_inputs(self, index: int) -> tuple[str, ...]:
+        """Names of the tensors that a segment reads."""
+        has_prior = self.correlation is not None
+        names: tuple[str, ...] = (f"tokens_{index - 1}",)
+        if index == 0:
+            names = ("search_region", "template_tokens")
+            names += ("correlation_kernel",) if has_prior else ()
+        if index == self.num_exits - 1 and index > 0 and has_prior:
+            names += ("fine_features",)
+        return names
+
+    def run_trunk(self, index: int, state: Mapping[str, Tensor]) -> State:
+        """The trunk's part of a segment: ``tokens_<index>``, and segment 0's fine features."""
+        written: State = {}
+        begin = 0
+        if index == 0:
+            tokens, written = self._embed_search(state)
+        else:
+            tokens, begin = state[f"tokens_{index - 1}"], self.config.exit_after[index - 1]
+        for block in self.backbone.blocks[begin : self.config.exit_after[index]]:
+            tokens = block(tokens)
+        return written | {f"tokens_{index}": tokens}
+
+    def exit_logits(self, index: int, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps of one exit from the trunk's tokens.
+
+        Returns:
+            Score logits ``(B, HW)`` and edge logits ``(B, HW, 4, K)``.
+        """
+        tokens = state[f"tokens_{index}"]
+        if index == self.num_exits - 1:
+            tokens = self.backbone.norm(tokens)
+        logits: tuple[Tensor, Tensor] = self.exits[index](tokens, state.get("fine_features"))
+        return logits
+
+    def run_segment(self, index: int, state: Mapping[str, Tensor]) -> State:
+        """Run the blocks of one segment and its exit."""
+        written = self.run_trunk(index, state)
+        cls_logits, edge_logits = self.exit_logits(index, {**state, **written})
+        answer = decode_answer(
+            cls_logits, edge_logits, window=self.window, bin_size=self.config.bin_size
+        )
+        if index == self.num_exits - 1:
+            return answer
+        return written | answer
+
+    def _embed_search(self, state: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        tokens, stride_8 = self.backbone.embed(state["search_region"])
+        written: State = {}
+        if self.correlation is not None and stride_8 is not None:
+            maps = self.correlation.maps(stride_8, state["correlation_kernel"])
+            tokens = tokens + self.correlation.to_tokens(maps).flatten(2).transpose(1, 2)
+            written["fine_features"] = torch.cat([stride_8, maps], 1)
+        tokens = tokens + self.backbone.pos_embed_x
+        template_tokens = state["template_tokens"]
+        return torch.cat([template_tokens, tokens], 1), written

@@ -1,0 +1,208 @@
+"""Layers that several tracker families share: normalisation, transformer blocks, stems.
+
+Parameter names follow timm and OSTrack, so that published trunks load without renaming.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Block",
+    "ConvNormAct",
+    "PatchEmbed",
+    "ShuffleStem",
+    "box_coverage",
+    "normalise",
+]
+
+# RGB, 0..255
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+def normalise(image: Tensor) -> Tensor:
+    """Turn uint8 RGB ``(B, H, W, 3)`` into normalised float ``(B, 3, H, W)``."""
+    mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
+    scale = 1.0 / torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
+    # The cast comes first: TensorRT takes a uint8 input only into a cast. Channels come before the
+    # arithmetic: CPUs broadcast over the last axis of three slowly.
+    return (image.float().permute(0, 3, 1, 2) - mean) * scale
+
+
+def box_coverage(bbox_cxcywh: Tensor, *, grid: int) -> Tensor:
+    """How much of each grid cell a box covers.
+
+    Args:
+        bbox_cxcywh: Boxes ``(B, 4)``, normalised to the crop.
+        grid: Cells per side.
+
+    Returns:
+        Shares ``(B, grid * grid)`` in [0, 1], row by row.
+    """
+    left = torch.arange(grid, device=bbox_cxcywh.device, dtype=bbox_cxcywh.dtype) / grid
+    cell = 1.0 / grid
+
+    def along(centre: Tensor, size: Tensor) -> Tensor:
+        begin, end = (centre - size / 2)[:, None], (centre + size / 2)[:, None]
+        overlap = torch.minimum(end, left + cell) - torch.maximum(begin, left)
+        return overlap.clamp(min=0.0) * grid
+
+    cx, cy, w, h = bbox_cxcywh.unbind(-1)
+    return (along(cy, h)[:, :, None] * along(cx, w)[:, None, :]).flatten(1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one joint projection of q, k and v."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        B, N, C = tokens.shape
+        qkv = self.qkv(tokens).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, N, C))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.
+
+    Args:
+        dim: Token width.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        drop_path: Probability of dropping a residual branch of a sample in training
+            (Huang et al., ECCV 2016, arXiv 1603.09382).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, mlp_ratio: float, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = drop_path
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self._drop(self.attn(self.norm1(tokens)))
+        return tokens + self._drop(self.mlp(self.norm2(tokens)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path
+        mask = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
+        return branch * mask.to(branch.dtype) / keep
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution from pixels to tokens ``(B, N, dim)``."""
+
+    def __init__(self, dim: int, patch_px: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_px, patch_px)
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens: Tensor = self.proj(image).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel: int = 3, stride: int = 1):
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class _ShuffleUnit(nn.Module):
+    """Unit of ShuffleNetV2; with stride 2 both branches see the whole input."""
+
+    def __init__(self, in_channels: int, half: int, *, stride: int) -> None:
+        super().__init__()
+        wide = in_channels if stride == 2 else half
+        self.stride = stride
+        if stride == 2:
+            self.branch1 = nn.ModuleDict(
+                {
+                    "dw": nn.Conv2d(in_channels, in_channels, 3, 2, 1, groups=in_channels),
+                    "pw": nn.Conv2d(in_channels, half, 1),
+                }
+            )
+        self.branch2 = nn.ModuleDict(
+            {
+                "pw1": nn.Conv2d(wide, half, 1),
+                "dw": nn.Conv2d(half, half, 3, stride, 1, groups=half),
+                "pw2": nn.Conv2d(half, half, 1),
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == 2:
+            keep = _leaky(self.branch1["pw"](self.branch1["dw"](x)))
+        else:
+            keep, x = x.chunk(2, 1)
+        branch = self.branch2
+        new = _leaky(branch["pw2"](branch["dw"](_leaky(branch["pw1"](x)))))
+        B, C, H, W = new.shape
+        return torch.stack([keep, new], 2).reshape(B, 2 * C, H, W)
+
+
+class ShuffleStem(nn.Module):
+    """ShuffleNetV2 1.0x to stride 16 (Ma et al., ECCV 2018, arXiv 1807.11164).
+
+    Batch norm is folded into the convolutions and the activation is LeakyReLU(0.1), as in the
+    published NanoDet weights that it can start from.
+
+    Returns:
+        Features at stride 8 ``(B, 116, H/8, W/8)`` and stride 16 ``(B, 232, H/16, W/16)``.
+    """
+
+    channels = (116, 232)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.ModuleDict({"conv": nn.Conv2d(3, 24, 3, 2, 1)})
+        self.stage2 = self._stage(24, 116, 4)
+        self.stage3 = self._stage(116, 232, 8)
+
+    @staticmethod
+    def _stage(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
+        half = out_channels // 2
+        rest = [_ShuffleUnit(out_channels, half, stride=1) for _ in range(depth - 1)]
+        return nn.Sequential(_ShuffleUnit(in_channels, half, stride=2), *rest)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.max_pool2d(_leaky(self.stem["conv"](image)), 3, 2, 1)
+        stride_8 = self.stage2(x)
+        return stride_8, self.stage3(stride_8)
+
+
+def _leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.1)

@@ -1,0 +1,460 @@
+"""The training loop: two stages, checkpoints, resuming, one or several processes.
+
+A run is a folder: ``checkpoint.pt`` (all that resuming needs, written whole or not at all),
+``log.jsonl`` (a line per report), ``recipe.json``. Pair ``i`` depends on the seed and ``i`` alone, so
+a run that was killed and resumed sees the pairs that an undisturbed one sees, in the same order.
+
+Under ``torchrun`` each process takes its rows of every batch, and gradients are averaged. On a CPU,
+two processes of one thread are close to twice as fast as one process of two threads.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+
+from edgetrack.errors import CheckpointError
+from edgetrack.models.early_exit_vit import EarlyExitViT
+from edgetrack.models.registry import create_model
+from edgetrack.models.segmented import SegmentedModel
+from edgetrack.train.losses import distillation_loss, tracking_loss
+from edgetrack.train.recipes import Recipe, Stage
+from edgetrack.train.sampling import Pair, PairSampler, worker_init
+
+__all__ = ["Progress", "fit", "freeze_for_stage_2", "load_trained"]
+
+CHECKPOINT_NAME = "checkpoint.pt"
+LOG_NAME = "log.jsonl"
+_GPU_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        stage: 1 or 2.
+        step: Steps done in this stage.
+        num_steps: Steps of this stage.
+        samples: Pairs seen in this stage.
+        samples_per_s: Since the last report.
+        remaining_s: Of this stage, at that speed.
+        terms: Loss, its terms and the mean IoU per exit, averaged since the last report.
+    """
+
+    stage: int
+    step: int
+    num_steps: int
+    samples: int
+    samples_per_s: float
+    remaining_s: float
+    terms: Mapping[str, float]
+
+
+class _Stage1(nn.Module):
+    """Task loss of the final head; the shallow exits are not run."""
+
+    def __init__(self, model: EarlyExitViT, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        state = _run_trunk(self.model, batch)
+        return _task_loss(self.model, self.model.num_exits - 1, state, batch, self.recipe)
+
+
+class _Stage2(nn.Module):
+    """Task and distillation losses of the shallow exits; the trunk and final head are frozen."""
+
+    def __init__(self, model: EarlyExitViT, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        model, last = self.model, self.model.num_exits - 1
+        with torch.no_grad():
+            state = _run_trunk(model, batch)
+            teacher_cls, teacher_edges = model.exit_logits(last, state)
+        total = torch.zeros((), device=teacher_cls.device)
+        log: dict[str, Tensor] = {}
+        for index in range(last):
+            logits = model.exit_logits(index, state)
+            loss, terms = _task_loss(model, index, state, batch, self.recipe, logits)
+            distil = distillation_loss(
+                *logits,
+                teacher_cls_logits=teacher_cls,
+                teacher_edge_logits=teacher_edges,
+                bbox_cxcywh=batch["search_bbox_cxcywh"],
+                is_present=batch["is_present"],
+                weights=self.recipe.loss_weights,
+            )
+            total = total + loss + distil
+            log |= terms | {f"distil_{index}": distil.detach()}
+        return total, log
+
+
+def freeze_for_stage_2(model: EarlyExitViT) -> list[nn.Parameter]:
+    """Freeze all but the shallow exits, batch-norm statistics included.
+
+    Returns:
+        The parameters that stage 2 trains. Everything else keeps its bits.
+    """
+    model.eval().requires_grad_(False)
+    trained: list[nn.Parameter] = []
+    for path in model.exits[:-1]:
+        path.train().requires_grad_(True)
+        trained += path.parameters()
+    return trained
+
+
+def fit(
+    recipe: Recipe,
+    sampler_of: Callable[[int, int], PairSampler],
+    output: Path,
+    *,
+    initial: Callable[[EarlyExitViT], None] | None = None,
+    num_workers: int = 1,
+    checkpoint_every_s: float = 120.0,
+    report_every: int = 20,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> EarlyExitViT:
+    """Train a model, or go on with a run that was interrupted.
+
+    Args:
+        recipe: What to train.
+        sampler_of: ``(seed, num_pairs)`` → pairs of a stage.
+        output: Folder of the run; if it holds a checkpoint of the same recipe, the run goes on.
+        initial: Called once on the fresh model, to load a pretrained stem.
+        num_workers: Processes that make pairs; 0 makes them in this one.
+        checkpoint_every_s: Seconds between checkpoints.
+        report_every: Steps between reports.
+        on_progress: Called with every report.
+
+    Returns:
+        The model with averaged weights, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: ``output`` holds a run of another recipe, or a damaged one.
+        KeyboardInterrupt: Passed on after a checkpoint was written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    described = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    saved = _read_checkpoint(output, described)
+    torch.manual_seed(recipe.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _early_exit_vit(recipe)
+    if saved is None and initial is not None:
+        initial(model)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub gap
+    (output / "recipe.json").write_text(json.dumps(described, indent=1), "utf-8")
+    for number, stage in enumerate(recipe.stages, 1):
+        if saved is not None and saved["stage"] > number:
+            continue
+        run = _StageRun(recipe, stage, number, model, output, described)
+        if saved is not None and saved["stage"] == number:
+            run.restore(saved)
+        saved = None
+        run.train(
+            sampler_of(recipe.seed + number, stage.num_steps * stage.batch_size),
+            num_workers=num_workers,
+            checkpoint_every_s=checkpoint_every_s,
+            report_every=report_every,
+            on_progress=on_progress,
+        )
+        model.load_state_dict(run.average.state_dict())
+    return model.eval().cpu()
+
+
+def load_trained(path: Path) -> EarlyExitViT:
+    """The model of a finished or interrupted run, with averaged weights, in eval mode.
+
+    Args:
+        path: The run's folder.
+
+    Raises:
+        CheckpointError: It holds no checkpoint.
+    """
+    file = path / CHECKPOINT_NAME
+    if not file.is_file():
+        raise CheckpointError(f"{path}: expected {CHECKPOINT_NAME}, got none; run: edgetrack train")
+    saved = _load(file)
+    model = create_model(saved["recipe"]["model"])
+    assert isinstance(model, EarlyExitViT)
+    model.load_state_dict(saved["average"])
+    return model.eval()
+
+
+class _StageRun:
+    """One stage in progress: optimiser, averaged weights, step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        number: int,
+        model: EarlyExitViT,
+        output: Path,
+        described: Mapping[str, Any],
+    ) -> None:
+        self.recipe, self.stage, self.number = recipe, stage, number
+        self.model, self.output, self.described = model, output, described
+        if number == 1:
+            model.train()
+            for path in model.exits[:-1]:
+                path.requires_grad_(False)
+            self.objective: nn.Module = _Stage1(model, recipe)
+        else:
+            freeze_for_stage_2(model)
+            self.objective = _Stage2(model, recipe)
+        self.average = copy.deepcopy(model).eval()
+        self.optimizer = _optimizer(model, stage)
+        self.step = 0
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+        torch.set_rng_state(saved["rng"])
+
+    def save(self) -> None:
+        if self.rank != 0:
+            return
+        content = {
+            "recipe": self.described,
+            "stage": self.number,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        partial = self.output / f".{CHECKPOINT_NAME}.partial"
+        torch.save(content, partial)
+        partial.replace(self.output / CHECKPOINT_NAME)
+
+    def train(
+        self,
+        sampler: PairSampler,
+        *,
+        num_workers: int,
+        checkpoint_every_s: float,
+        report_every: int,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        report = _Report(self.output / LOG_NAME, self.number, self.stage, on_progress)
+        report_every = report_every if self.rank == 0 else self.stage.num_steps + 1
+        saved_at = time.monotonic()
+        try:
+            for batch in self._batches(sampler, num_workers):
+                report.add(self._update(batch))
+                self.step += 1
+                is_last = self.step == self.stage.num_steps
+                if self.step % report_every == 0 or (is_last and self.rank == 0):
+                    report.write(self.step)
+                if time.monotonic() - saved_at > checkpoint_every_s:
+                    self.save()
+                    saved_at = time.monotonic()
+        finally:
+            self.save()
+
+    def _batches(self, sampler: PairSampler, num_workers: int) -> Iterator[dict[str, Tensor]]:
+        first, batch_size = self.step * self.stage.batch_size, self.stage.batch_size
+        if batch_size % self.num_ranks:
+            raise ValueError(f"batch_size: expected a multiple of {self.num_ranks} processes, "
+                             f"got {batch_size}")  # fmt: skip
+        loader: DataLoader[Pair] = DataLoader(
+            sampler,  # type: ignore[arg-type]  # map-style by its methods
+            batch_size=batch_size // self.num_ranks,
+            sampler=range(first + self.rank, self.stage.num_steps * batch_size, self.num_ranks),
+            num_workers=num_workers,
+            worker_init_fn=worker_init if num_workers else None,
+            prefetch_factor=4 if num_workers else None,
+        )
+        device = next(self.model.parameters()).device
+        for batch in loader:
+            yield {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+    def _update(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        stage = self.stage
+        rise = min(1.0, (self.step + 1) / stage.warmup_steps)
+        fall = 0.5 * (1 + math.cos(math.pi * self.step / stage.num_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rise * (0.02 + 0.98 * fall)
+        self.model.backbone.stem_requires_grad(
+            self.number == 1 and self.step >= stage.frozen_stem_share * stage.num_steps
+        )
+        device_type = next(self.model.parameters()).device.type
+        # The flash kernel's backward pass is slow on CPUs at these sizes.
+        kernels = [SDPBackend.MATH] if device_type == "cpu" else list(_GPU_KERNELS)
+        with sdpa_kernel(kernels):
+            with torch.autocast(device_type, torch.bfloat16, enabled=self.recipe.autocast):
+                loss, log = self.objective(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        trained = [p for g in self.optimizer.param_groups for p in g["params"]]
+        if self.num_ranks > 1:
+            _average_over_ranks([p.grad for p in trained if p.grad is not None])
+            _average_over_ranks([b for b in self.model.buffers() if b.is_floating_point()])
+        nn.utils.clip_grad_norm_(trained, stage.clip_norm)
+        self.optimizer.step()
+        self._update_average()
+        return log | {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(self.stage.ema_decay, (1 + self.step) / (10 + self.step))
+        trained = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
+        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
+        kept = [(a, p) for a, p in pairs if id(p) in trained]
+        torch._foreach_lerp_([a for a, _ in kept], [p for _, p in kept], 1 - decay)
+        for a, b in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            if a.dtype.is_floating_point:
+                a.lerp_(b, 1 - decay)
+
+
+class _Report:
+    """Averages of the loss terms, written to the log and handed on."""
+
+    def __init__(
+        self,
+        path: Path,
+        number: int,
+        stage: Stage,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.path, self.number, self.stage, self.on_progress = path, number, stage, on_progress
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.since = time.monotonic()
+
+    def add(self, log: Mapping[str, Tensor]) -> None:
+        for name, value in log.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.count += 1
+
+    def write(self, step: int) -> None:
+        now = time.monotonic()
+        speed = self.count * self.stage.batch_size / max(now - self.since, 1e-9)
+        left = (self.stage.num_steps - step) * self.stage.batch_size
+        progress = Progress(
+            stage=self.number,
+            step=step,
+            num_steps=self.stage.num_steps,
+            samples=step * self.stage.batch_size,
+            samples_per_s=speed,
+            remaining_s=left / speed,
+            terms={k: v / self.count for k, v in self.sums.items()},
+        )
+        self.sums, self.count, self.since = {}, 0, now
+        entry = {
+            "stage": self.number,
+            "step": step,
+            "samples": progress.samples,
+            "samples_per_s": round(speed, 1),
+            **{k: round(v, 5) for k, v in progress.terms.items()},
+        }
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+
+@torch.no_grad()
+def _average_over_ranks(tensors: list[Tensor]) -> None:
+    if not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def _run_trunk(model: EarlyExitViT, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = model.embed_template(batch["template"], batch["template_bbox_cxcywh"])
+    state["search_region"] = batch["search_region"]
+    for index in range(model.num_exits):
+        state |= model.run_trunk(index, state)
+    return state
+
+
+def _task_loss(
+    model: EarlyExitViT,
+    index: int,
+    state: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    recipe: Recipe,
+    logits: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    loss, terms = tracking_loss(
+        *(model.exit_logits(index, state) if logits is None else logits),
+        bbox_cxcywh=batch["search_bbox_cxcywh"],
+        is_present=batch["is_present"],
+        bin_size=model.config.bin_size,
+        weights=recipe.loss_weights,
+    )
+    return loss, {f"{name}_{index}": value for name, value in terms.items()}
+
+
+def _optimizer(model: EarlyExitViT, stage: Stage) -> torch.optim.AdamW:
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith("backbone.stem."), parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak": stage.learning_rate * (stage.stem_rate if is_stem else 1.0),
+                "weight_decay": stage.weight_decay if is_matrix else 0.0,
+            }
+            for (is_stem, is_matrix), parameters in groups.items()
+        ],
+        lr=stage.learning_rate,
+        betas=(0.9, 0.98),
+    )
+
+
+def _early_exit_vit(recipe: Recipe) -> EarlyExitViT:
+    model: SegmentedModel = create_model(recipe.model)
+    if not isinstance(model, EarlyExitViT):
+        raise ValueError(f"recipe {recipe.name}: expected an early_exit_vit, got {recipe.model!r}")
+    return model
+
+
+def _read_checkpoint(output: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
+    file = output / CHECKPOINT_NAME
+    if not file.is_file():
+        return None
+    saved = _load(file)
+    if saved["recipe"] != described:
+        raise CheckpointError(
+            f"{file}: expected a run of this recipe, got one of {saved['recipe']['name']!r} with "
+            "other settings; choose another --output, or delete the folder"
+        )
+    return saved
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: expected a checkpoint, got: {error}") from error
+    if not isinstance(saved, dict) or "average" not in saved:
+        raise CheckpointError(f"{file}: expected a checkpoint of edgetrack train, got another file")
+    return saved

@@ -1,0 +1,204 @@
+"""Losses of the General Distribution heads, each a mean over samples.
+
+Quality Focal Loss and Distribution Focal Loss: Li et al., NeurIPS 2020, arXiv 2006.04388. GIoU:
+Rezatofighi et al., CVPR 2019, arXiv 1902.09630. Localisation distillation: Zheng et al., CVPR
+2022, arXiv 2102.12252.
+
+Every term is normalised within its sample, so the loss of a batch does not depend on how the
+batch is spread over processes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgetrack.models.heads import edge_distances
+
+__all__ = [
+    "LossWeights",
+    "cell_targets",
+    "distillation_loss",
+    "distribution_focal_loss",
+    "giou",
+    "quality_focal_loss",
+    "tracking_loss",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the terms; the defaults are GFL's and OSTrack's.
+
+    Attributes:
+        score: Quality Focal Loss.
+        giou: Generalised IoU.
+        l1: L1 on normalised corners.
+        dfl: Distribution Focal Loss.
+        distil_edges: KL from the final head's edge distributions (stage 2).
+        distil_score: Binary cross-entropy to the final head's score map (stage 2).
+        temperature: Temperature of the KL.
+    """
+
+    score: float = 1.0
+    giou: float = 2.0
+    l1: float = 5.0
+    dfl: float = 0.25
+    distil_edges: float = 1.0
+    distil_score: float = 1.0
+    temperature: float = 1.0
+
+
+def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of corner boxes ``(..., 4)`` that broadcast.
+
+    Returns:
+        ``(...)`` in [0, 1] and ``(...)`` in [-1, 1].
+    """
+    area_a = (a_xyxy[..., 2:] - a_xyxy[..., :2]).clamp(min=0).prod(-1)
+    area_b = (b_xyxy[..., 2:] - b_xyxy[..., :2]).clamp(min=0).prod(-1)
+    low, high = torch.maximum(a_xyxy, b_xyxy), torch.minimum(a_xyxy, b_xyxy)
+    intersection = (high[..., 2:] - low[..., :2]).clamp(min=0).prod(-1)
+    hull = (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1) + 1e-7
+    union = area_a + area_b - intersection + 1e-7
+    iou = intersection / union
+    return iou, iou - (hull - union) / hull
+
+
+def quality_focal_loss(logits: Tensor, quality: Tensor) -> Tensor:
+    """``|sigmoid(logits) - quality|^2`` times binary cross-entropy, element by element."""
+    bce = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    return bce * (logits.sigmoid() - quality).square()
+
+
+def distribution_focal_loss(edge_logits: Tensor, distance_bins: Tensor) -> Tensor:
+    """Cross-entropy to the two bins around a distance.
+
+    Args:
+        edge_logits: ``(..., K)``.
+        distance_bins: Distances in bins ``(...)``; clamped to [0, K - 1.01].
+
+    Returns:
+        ``(...)``.
+    """
+    distance = distance_bins.clamp(0, edge_logits.shape[-1] - 1.01)
+    below = distance.floor()
+    share = (distance - below)[..., None]
+    log_probs = edge_logits.log_softmax(-1)
+    index = below.long()[..., None]
+    low, high = log_probs.gather(-1, index), log_probs.gather(-1, index + 1)
+    return -((1 - share) * low + share * high).squeeze(-1)
+
+
+def cell_targets(bbox_cxcywh: Tensor, *, grid: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which cells answer for a box.
+
+    Args:
+        bbox_cxcywh: True boxes ``(B, 4)``, normalised to the search region.
+        grid: Cells per side.
+
+    Returns:
+        The centres of the cells ``(HW, 2)``; a mask ``(B, HW)`` of the cells inside the box (the
+        nearest cell always is); how central each is ``(B, HW)`` in (0, 1], 1 at the nearest.
+    """
+    steps = (torch.arange(grid, device=bbox_cxcywh.device) + 0.5) / grid
+    centres = torch.stack([steps.repeat(grid), steps.repeat_interleave(grid)], -1)
+    offset = (centres - bbox_cxcywh[:, None, :2]).abs()
+    size = bbox_cxcywh[:, None, 2:]
+    nearest = F.one_hot(offset.square().sum(-1).argmin(1), grid * grid).bool()
+    inside = (offset < size / 2).all(-1) | nearest
+    # Not in GFL, where every cell inside a box counts alike: little data asks for a clear centre.
+    spread = 0.22 * size + 0.5 / grid
+    central = torch.exp(-0.5 * (offset / spread).square().sum(-1))
+    return centres, inside, torch.where(nearest, torch.ones_like(central), central)
+
+
+def tracking_loss(
+    cls_logits: Tensor,
+    edge_logits: Tensor,
+    *,
+    bbox_cxcywh: Tensor,
+    is_present: Tensor,
+    bin_size: float,
+    weights: LossWeights,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The task loss of one exit.
+
+    Args:
+        cls_logits: ``(B, HW)``.
+        edge_logits: ``(B, HW, 4, K)``.
+        bbox_cxcywh: True boxes ``(B, 4)``, normalised to the search region.
+        is_present: 1 where the target is in the search region, else 0: ``(B,)``.
+        bin_size: Width of a bin as a share of the search region.
+        weights: Of the terms.
+
+    Returns:
+        The loss, and its terms with the mean IoU for the log (detached).
+    """
+    cls_logits, edge_logits = cls_logits.float(), edge_logits.float()
+    grid = math.isqrt(cls_logits.shape[1])
+    centres, inside, central = cell_targets(bbox_cxcywh, grid=grid)
+    true_xyxy = torch.cat(
+        [bbox_cxcywh[:, :2] - bbox_cxcywh[:, 2:] / 2, bbox_cxcywh[:, :2] + bbox_cxcywh[:, 2:] / 2],
+        -1,
+    )[:, None]
+    distances = edge_distances(edge_logits, bin_size=bin_size)
+    sides = torch.tensor([-1.0, -1.0, 1.0, 1.0], device=cls_logits.device)
+    corners = centres.repeat(1, 2)
+    predicted_xyxy = corners + sides * distances
+    iou, generalised = giou(predicted_xyxy, true_xyxy)
+
+    mask = inside * is_present[:, None]
+    share = mask * (central + 0.05)
+    share = share / share.sum(1, keepdim=True).clamp(min=1e-6)
+    quality = mask * central * (0.4 + 0.6 * iou.detach().clamp(0, 1))
+    distance_bins = sides * (true_xyxy - corners) / bin_size
+    terms = {
+        "score": quality_focal_loss(cls_logits, quality).sum(1) * (64 / grid**2),
+        "giou": (share * (1 - generalised)).sum(1),
+        "l1": (share * (predicted_xyxy - true_xyxy).abs().mean(-1)).sum(1),
+        "dfl": (share * distribution_focal_loss(edge_logits, distance_bins).mean(-1)).sum(1),
+    }
+    total = torch.stack([getattr(weights, k) * v.mean() for k, v in terms.items()]).sum()
+    log = {k: v.detach().mean() for k, v in terms.items()}
+    log["iou"] = (share * iou).sum().detach() / is_present.sum().clamp(min=1)
+    return total, log
+
+
+def distillation_loss(
+    cls_logits: Tensor,
+    edge_logits: Tensor,
+    *,
+    teacher_cls_logits: Tensor,
+    teacher_edge_logits: Tensor,
+    bbox_cxcywh: Tensor,
+    is_present: Tensor,
+    weights: LossWeights,
+) -> Tensor:
+    """Teach a shallow exit by the final one; the teacher's maps must be detached.
+
+    Args:
+        cls_logits: ``(B, HW)``.
+        edge_logits: ``(B, HW, 4, K)``.
+        teacher_cls_logits: ``(B, HW)``.
+        teacher_edge_logits: ``(B, HW, 4, K)``.
+        bbox_cxcywh: True boxes ``(B, 4)``: edges are taught at the cells inside them.
+        is_present: ``(B,)``, 0 or 1.
+        weights: Of the terms, and the temperature.
+    """
+    grid = math.isqrt(cls_logits.shape[1])
+    _, inside, central = cell_targets(bbox_cxcywh, grid=grid)
+    share = inside * is_present[:, None] * (central + 0.05)
+    share = share / share.sum(1, keepdim=True).clamp(min=1e-6)
+    t = weights.temperature
+    log_student = (edge_logits.float() / t).log_softmax(-1)
+    log_teacher = (teacher_edge_logits.float() / t).log_softmax(-1)
+    kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1).mean(-1) * t**2
+    bce = F.binary_cross_entropy_with_logits(
+        cls_logits.float(), teacher_cls_logits.float().sigmoid(), reduction="none"
+    )
+    edges = (share * kl).sum(1).mean()
+    score = bce.sum(1).mean() * (64 / grid**2)
+    return weights.distil_edges * edges + 0.25 * weights.distil_score * score

@@ -60,12 +60,17 @@ def iou_xywh(a: Boxes, b: Boxes) -> Boxes:
 def clip_xywh(
     boxes_xywh: Boxes, *, width_px: float, height_px: float, margin_px: float = 0.0
 ) -> Boxes:
-    """Clip boxes ``(..., 4)`` to a frame, keeping at least ``margin_px`` of each inside it."""
+    """Clip boxes ``(..., 4)`` to a frame.
+
+    A box that leaves the frame keeps a strip inside it, ``margin_px`` wide or as wide as the box
+    where that is less. Sizes are never negative.
+    """
     x1, y1, w, h = np.moveaxis(np.asarray(boxes_xywh), -1, 0)
     x2, y2 = x1 + w, y1 + h
     x1, x2 = np.clip(x1, 0, width_px - margin_px), np.clip(x2, margin_px, width_px)
     y1, y2 = np.clip(y1, 0, height_px - margin_px), np.clip(y2, margin_px, height_px)
-    return np.stack([x1, y1, np.maximum(x2 - x1, margin_px), np.maximum(y2 - y1, margin_px)], -1)
+    least_w, least_h = np.minimum(margin_px, np.abs(w)), np.minimum(margin_px, np.abs(h))
+    return np.stack([x1, y1, np.maximum(x2 - x1, least_w), np.maximum(y2 - y1, least_h)], -1)
 
 
 def as_bbox_xywh(

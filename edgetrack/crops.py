@@ -12,9 +12,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+
+from edgetrack.errors import package_missing
+
+try:
+    import cv2
+except ImportError as error:
+    raise package_missing("cv2", error) from error
 
 __all__ = ["CropWindow", "Cropper", "to_rgb"]
 
@@ -47,7 +53,8 @@ class CropWindow:
         """Frame pixels, xywh → cxcywh normalised to the crop; boxes ``(..., 4)``."""
         x, y, w, h = np.moveaxis(np.asarray(bbox_xywh, np.float32), -1, 0)
         centre_x, centre_y = x + w / 2 - self.left_px, y + h / 2 - self.top_px
-        return np.stack([centre_x, centre_y, w, h], -1) / np.float32(self.side_px)
+        boxes = np.stack([centre_x, centre_y, w, h], -1) / self.side_px
+        return boxes.astype(np.float32)
 
     def to_frame(self, bbox_cxcywh: npt.NDArray[Any]) -> Float32Array:
         """Cxcywh normalised to the crop → frame pixels, xywh; boxes ``(..., 4)``."""
@@ -82,7 +89,7 @@ class Cropper:
             cv2.cvtColor(self._bgr, cv2.COLOR_BGR2RGB, dst=out)
         else:
             resized = cv2.resize(source, size, interpolation=cv2.INTER_LINEAR)
-            out[...] = to_rgb(resized)
+            out[...] = to_rgb(np.asarray(resized, np.uint8))
 
     def _pixels(self, frame: UInt8Array, window: CropWindow) -> UInt8Array:
         """The window's pixels: a view of the frame, or a padded copy at the border."""

@@ -1,1 +1,140 @@
 """Backends: what compiles the graphs of a bundle, and what runs them."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgetrack.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from edgetrack.backends.engine import Backend
+
+__all__ = [
+    "BACKEND_NAMES",
+    "BackendInfo",
+    "get_backend",
+    "import_package",
+    "installed_version",
+    "list_backends",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendInfo:
+    """Whether a backend is there, found out without importing it.
+
+    Attributes:
+        name: Its name on the command line.
+        is_installed: Its package can be found.
+        version: Version of its package, if known.
+        install: How to get it.
+    """
+
+    name: str
+    is_installed: bool
+    version: str | None
+    install: str
+
+
+@dataclass(frozen=True)
+class _Package:
+    module: str
+    distributions: tuple[str, ...]
+    install: str
+
+
+_PACKAGES: Mapping[str, _Package] = {
+    "onnxruntime": _Package(
+        "onnxruntime",
+        ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
+        "run: pip install onnxruntime",
+    ),
+    "eager": _Package("torch", ("torch",), 'run: pip install "edgetrack[train]"'),
+    "tensorrt": _Package(
+        "tensorrt",
+        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+        "on Jetson run: sudo apt install nvidia-jetpack; elsewhere: pip install tensorrt",
+    ),
+    "tensorrt-rtx": _Package(
+        "tensorrt_rtx",
+        ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+        'run: pip install "edgetrack[tensorrt-rtx]"',
+    ),
+}
+BACKEND_NAMES = ("auto", *_PACKAGES)
+
+
+def get_backend(name: str, *, num_threads: int | None = None) -> "Backend":
+    """Make a backend by its name.
+
+    Args:
+        name: One of ``BACKEND_NAMES``; ``auto`` is the best that can build and run here.
+        num_threads: CPU threads per graph (``onnxruntime`` only); ``None`` lets it choose.
+
+    Raises:
+        BackendUnavailableError: There is no such backend, or its package is not installed.
+    """
+    chosen = "onnxruntime" if name == "auto" else name
+    package = _PACKAGES.get(chosen)
+    if package is None:
+        raise BackendUnavailableError(
+            f"backend: expected one of {', '.join(BACKEND_NAMES)}, got {name!r}"
+        )
+    if importlib.util.find_spec(package.module) is None:
+        raise BackendUnavailableError(_missing(chosen, "none"))
+    if chosen == "onnxruntime":
+        from edgetrack.backends.ort import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(num_threads)
+    if chosen == "eager":
+        from edgetrack.backends.eager import EagerBackend
+
+        return EagerBackend()
+    from edgetrack.backends.trt import TensorRTBackend
+
+    return TensorRTBackend("tensorrt" if chosen == "tensorrt" else "tensorrt-rtx")
+
+
+def list_backends() -> tuple[BackendInfo, ...]:
+    """All backends, installed or not."""
+    return tuple(
+        BackendInfo(
+            name=name,
+            is_installed=importlib.util.find_spec(package.module) is not None,
+            version=installed_version(name),
+            install=package.install,
+        )
+        for name, package in _PACKAGES.items()
+    )
+
+
+def installed_version(backend: str) -> str | None:
+    """Version of a backend's package, read without importing it; ``None`` if unknown."""
+    for distribution in _PACKAGES[backend].distributions:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def import_package(backend: str) -> Any:
+    """Import a backend's package.
+
+    Raises:
+        BackendUnavailableError: It is not installed, or a library that it needs is missing.
+    """
+    try:
+        return importlib.import_module(_PACKAGES[backend].module)
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(_missing(backend, str(error))) from error
+
+
+def _missing(backend: str, got: str) -> str:
+    package = _PACKAGES[backend]
+    return (
+        f"backend {backend!r}: expected the package {package.module}, got {got}; {package.install}"
+    )

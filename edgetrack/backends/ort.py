@@ -6,27 +6,25 @@ them. Only the CPU provider is used: on NVIDIA devices the TensorRT backends are
 
 import errno
 import functools
-import importlib.metadata
 import os
 import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
+from edgetrack.backends import import_package, installed_version
 from edgetrack.backends.engine import Buffers, EngineKey
 from edgetrack.bundle import GraphSpec, TensorSpec
-from edgetrack.errors import BackendUnavailableError, EngineBuildError, EngineError
+from edgetrack.errors import EngineBuildError, EngineError
 
-__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "cpu_name", "installed_version"]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "cpu_name"]
 
 _PROVIDERS = ["CPUExecutionProvider"]
-_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 _LOG_ERRORS_ONLY = 3
-_INSTALL = "run: pip install onnxruntime"
 
 
 class OnnxRuntimeBackend:
@@ -58,7 +56,8 @@ class OnnxRuntimeBackend:
             bundle_digest=bundle_digest,
             precision=precision,
             backend=self.name,
-            backend_version=installed_version() or str(_onnxruntime().__version__),
+            backend_version=installed_version(self.name)
+            or str(import_package("onnxruntime").__version__),
             device=cpu_name(),
             arch=platform.machine(),
         )
@@ -117,7 +116,7 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeEngine(session, graph)
 
     def _session(self, path: Path, *, level: str, save_to: Path | None = None) -> Any:
-        ort = _onnxruntime()
+        ort = import_package("onnxruntime")
         options = ort.SessionOptions()
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
         options.intra_op_num_threads = self.num_threads
@@ -199,31 +198,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def installed_version() -> str | None:
-    """Version of the installed ONNX Runtime, read without importing it; ``None`` if unknown."""
-    for distribution in _DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-@functools.cache
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"backend 'onnxruntime': expected the package onnxruntime, got: {error}; {_INSTALL}"
-        ) from error
-    return onnxruntime
-
-
 @functools.cache
 def _refusals() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises at a graph it cannot load: they share no base of their own."""
-    _onnxruntime()
+    import_package("onnxruntime")
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (
@@ -239,8 +217,8 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _refused(onnx_path: Path, error: Exception) -> str:
     return (
-        f"{onnx_path}: expected a graph that ONNX Runtime {_onnxruntime().__version__} runs, got: "
-        f"{error}; update onnxruntime, or export the bundle again"
+        f"{onnx_path}: expected a graph that ONNX Runtime {installed_version('onnxruntime')} runs, "
+        f"got: {error}; update onnxruntime, or export the bundle again"
     )
 
 
@@ -258,12 +236,12 @@ def _check_precision(precision: str) -> None:
 
 def _fitting(
     buffers: Buffers, spec: TensorSpec, graph: GraphSpec, *, is_written: bool
-) -> npt.NDArray[Any]:
+) -> "npt.NDArray[Any]":
     """The buffer of a tensor, refused if ONNX Runtime would misread it."""
     array = buffers.get(spec.name)
     if array is None:
         raise ValueError(f"{graph.name}: expected a buffer {spec.name!r}, got {sorted(buffers)}")
-    fits = array.dtype == np.dtype(spec.dtype) and array.shape == spec.shape
+    fits = array.dtype == spec.dtype and array.shape == spec.shape
     if not fits or not array.flags.c_contiguous or (is_written and not array.flags.writeable):
         traits = [
             *(["not C-contiguous"] if not array.flags.c_contiguous else []),

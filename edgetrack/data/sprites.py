@@ -22,6 +22,8 @@ Frame = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
+# cv2.fillPoly draws up to one pixel beyond an edge; this makes it a sixteenth.
+MASK_OVERSAMPLING = 16
 # A car seen from its side, bonnet to the right.
 CAR_OUTLINE = np.array(
     [
@@ -62,9 +64,9 @@ class Sprite:
         self.outline_px = outline_px
         self._half = math.ceil(float(np.abs(outline_px).max())) + 2
         side = 2 * self._half
-        corners = np.round((outline_px + self._half) * 4 * 256 - 128).astype(np.int32)
-        mask = np.zeros((side * 4, side * 4), np.uint8)
-        cv2.fillPoly(mask, [corners], 255, shift=8)
+        corners = (outline_px + self._half) * MASK_OVERSAMPLING - 0.5
+        mask = np.zeros((side * MASK_OVERSAMPLING, side * MASK_OVERSAMPLING), np.uint8)
+        cv2.fillPoly(mask, [np.round(corners * 256).astype(np.int32)], 255, shift=8)
         alpha = cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA)
         self._bgra = np.dstack([random_texture(rng, side, side, num_shapes=8), alpha])
 

@@ -58,7 +58,7 @@ def render_clip(
             difficulties come at fixed fractions of the length.
         width: Frame width, at least 48.
         height: Frame height, at least 48.
-        seed: Decides everything that is random.
+        seed: Decides everything that is random; a switch changes nothing but what it names.
         has_blur: Blur the target along its motion.
         has_distractor: Let a look-alike pass.
         has_occlusion: Let a bar pass over the target; it hides about half of it.
@@ -78,24 +78,29 @@ def render_clip(
         raise ValueError(f"size: expected at least {MIN_SIDE_PX} pixels, got {width}x{height}")
     if not noise_std >= 0:
         raise ValueError(f"noise_std: expected 0 or more grey levels, got {noise_std!r}")
-    rng = np.random.default_rng(seed)
-    size_px = min(width, height) * rng.uniform(0.18, 0.32)
-    outline_px = random_outline(rng) * size_px
-    path = _smooth_path(rng, num_frames)
+    target_rng, background_rng, distractor_rng, bar_rng, noise_rng = (
+        np.random.default_rng([seed, part]) for part in range(5)
+    )
+    size_px = min(width, height) * target_rng.uniform(0.18, 0.32)
+    outline_px = random_outline(target_rng) * size_px
+    path = _smooth_path(target_rng, num_frames)
     reach_px = float(np.linalg.norm(outline_px, axis=1).max() * path[:, 2].max())
     half = np.array([width, height]) / 2
     path[:, :2] = half + path[:, :2] * (half - reach_px)
-    target_path = _excursion(path, width, 2 * reach_px) if leaves_frame else path
-    layers = [(Sprite(outline_px, rng=rng), target_path)]
+    target = Sprite(outline_px, rng=target_rng)
+    layers = [(target, _excursion(path, width, 2 * reach_px) if leaves_frame else path)]
+    truth = _visible_truth(*layers[0], width=width, height=height)
     if has_distractor:
-        offsets = _passing(rng, num_frames, at=DISTRACTOR_AT, speed=5, miss=1.1) * size_px
-        layers.insert(0, (Sprite(outline_px, rng=rng), _beside(path, offsets)))
+        offsets = _passing(distractor_rng, num_frames, at=DISTRACTOR_AT, speed=5, miss=1.1)
+        look_alike = Sprite(outline_px, rng=distractor_rng)
+        layers.insert(0, (look_alike, _beside(path, offsets * size_px)))
     if has_occlusion:
-        offsets = _passing(rng, num_frames, at=OCCLUSION_AT, speed=14, miss=0.0) * size_px
-        layers.append((Sprite(_bar(offsets, size_px), rng=rng), _beside(path, offsets)))
-    truth = _visible_truth(layers[int(has_distractor)], width=width, height=height)
-    background = _Background(rng, num_frames, width=width, height=height)
-    return _frames(background, layers, truth, has_blur=has_blur, noise_std=noise_std, rng=rng)
+        offsets = _passing(bar_rng, num_frames, at=OCCLUSION_AT, speed=14, miss=0.0)
+        bar = Sprite(_bar(offsets) * size_px, rng=bar_rng)
+        layers.append((bar, _beside(path, offsets * size_px)))
+    background = _Background(background_rng, num_frames, width=width, height=height)
+    noise = _Noise(noise_rng, width=width, height=height, std=noise_std)
+    return _frames(background, layers, truth, noise, has_blur=has_blur)
 
 
 def write_clip(
@@ -139,35 +144,43 @@ def _frames(
     background: "_Background",
     layers: list[Layer],
     truth: Float32Array,
+    noise: "_Noise",
     *,
     has_blur: bool,
-    noise_std: float,
-    rng: np.random.Generator,
 ) -> Iterator[tuple[Frame, Float32Array]]:
-    width, height = background.size
-    # One field of noise, read at a random place for each frame: drawing it anew costs 20 ms.
-    shape = (height + NOISE_SHIFT_PX, width + NOISE_SHIFT_PX, 3)
-    noise = np.round(rng.standard_normal(shape, np.float32) * noise_std).astype(np.int16)
-    motions = [np.gradient(p[:, :2], axis=0) * SHUTTER if len(p) > 1 else p * 0 for _, p in layers]
+    motions = [np.gradient(p[:, :2], axis=0) if len(p) > 1 else p[:, :2] * 0 for _, p in layers]
+    shutter = SHUTTER if has_blur else 0
     for index, bbox_xywh in enumerate(truth):
         frame = background.at(index)
         for (sprite, path), motion in zip(layers, motions, strict=True):
-            blur_x, blur_y = motion[index, :2].tolist() if has_blur else (0.0, 0.0)
+            blur_x, blur_y = (motion[index] * shutter).tolist()
             sprite.draw(Pose(*path[index].tolist()), blur_xy_px=(blur_x, blur_y), out=frame)
-        dx, dy = rng.integers(0, NOISE_SHIFT_PX, 2).tolist()
-        if noise_std > 0:
-            cv2.add(frame, noise[dy : dy + height, dx : dx + width], dst=frame, dtype=cv2.CV_8U)
+        noise.add_to(frame)
         yield frame, bbox_xywh.copy()
 
 
-def _visible_truth(layer: Layer, *, width: int, height: int) -> Float32Array:
+def _visible_truth(sprite: Sprite, path: Float64Array, *, width: int, height: int) -> Float32Array:
     """Boxes ``(T, 4)``, NaN where too little of the box is in the frame."""
-    sprite, path = layer
     boxes = np.stack([sprite.bbox_at(Pose(*row.tolist())) for row in path])
     inside = clip_xywh(boxes, width_px=width, height_px=height)
     fraction = inside[:, 2:].prod(1) / boxes[:, 2:].prod(1)
     boxes[fraction < MIN_VISIBLE_FRACTION] = np.nan
     return boxes
+
+
+class _Noise:
+    """One field of noise, read at a random place for each frame: drawing it anew costs 20 ms."""
+
+    def __init__(self, rng: np.random.Generator, *, width: int, height: int, std: float) -> None:
+        self._rng, self._width, self._height, self._std = rng, width, height, std
+        shape = (height + NOISE_SHIFT_PX, width + NOISE_SHIFT_PX, 3)
+        self._field = np.round(rng.standard_normal(shape, np.float32) * std).astype(np.int16)
+
+    def add_to(self, frame: Frame) -> None:
+        dx, dy = self._rng.integers(0, NOISE_SHIFT_PX, 2).tolist()
+        field = self._field[dy : dy + self._height, dx : dx + self._width]
+        if self._std > 0:
+            cv2.add(frame, field, dst=frame, dtype=cv2.CV_8U)
 
 
 class _Background:
@@ -225,10 +238,10 @@ def _beside(path: Float64Array, offsets_px: Float64Array) -> Float64Array:
     return np.column_stack([path[:, :2] + offsets_px, path[:, 2:]])
 
 
-def _bar(offsets_px: Float64Array, size_px: float) -> Float64Array:
-    """Outline of a bar across the direction in which it passes."""
-    along = offsets_px[-1] - offsets_px[0]
+def _bar(offsets: Float64Array) -> Float64Array:
+    """Outline of a bar across the direction in which it passes, in target sizes."""
+    along = offsets[-1] - offsets[0]
     along = along / max(float(np.linalg.norm(along)), 1e-9)
     aside = np.array([-along[1], along[0]])
     ends = [0.18 * along + 1.3 * aside, 0.18 * along - 1.3 * aside]
-    return np.stack([*ends, -ends[0], -ends[1]]) * size_px
+    return np.stack([*ends, -ends[0], -ends[1]])

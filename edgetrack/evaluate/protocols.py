@@ -79,7 +79,8 @@ class SequenceResult:
         protocol: How it is scored.
         rows: One row per frame, the first included.
         metrics: Over the scored frames.
-        overlaps: IoU with the truth ``(T,)``; NaN where a frame is not scored.
+        overlaps: IoU with the truth ``(T,)``, 0 for a box that holds a NaN; NaN where a frame is
+            not scored.
     """
 
     name: str
@@ -102,7 +103,8 @@ class SequenceResult:
         boxes[0] = sequence.boxes_xywh[0]
         boxes[~np.isfinite(boxes)] = np.nan
         metrics = score_boxes(boxes[is_scored], sequence.boxes_xywh[is_scored])
-        overlaps = np.where(is_scored, iou_xywh(boxes, sequence.boxes_xywh), np.nan)
+        overlaps = np.nan_to_num(iou_xywh(boxes, sequence.boxes_xywh)).astype(np.float64)
+        overlaps[~is_scored] = np.nan
         return cls(sequence.name, protocol, rows, metrics, overlaps)
 
     @property
@@ -132,7 +134,7 @@ def scored_frames(
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    is_scored = np.isfinite(truth_xywh).all(axis=1)
+    is_scored = np.asarray(np.isfinite(truth_xywh).all(axis=1))
     is_scored[0] = protocol == "otb"
     return is_scored
 

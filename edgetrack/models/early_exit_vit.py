@@ -144,7 +144,7 @@ def create(config: str | Mapping[str, Any]) -> "EarlyExitViT":
     known = {f.name for f in dataclasses.fields(EarlyExitViTConfig)}
     if unknown := sorted(set(config) - known):
         raise ValueError(f"early_exit_vit: expected keys among {sorted(known)}, got {unknown}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     return EarlyExitViT(EarlyExitViTConfig(**values))
 
 
@@ -233,9 +233,7 @@ class ExitPath(nn.Module):
         self.bypass = (
             None
             if is_final
-            else BypassBranch(
-                config.dim, dim=width, num_heads=config.bypass_heads, grid=self.grid
-            )
+            else BypassBranch(config.dim, dim=width, num_heads=config.bypass_heads, grid=self.grid)
         )
         self.refine: nn.Module | None = None
         self.skip: nn.Module | None = None

@@ -5,6 +5,7 @@ is the expectation of a softmax over ``K`` bins of distance from the cell's cent
 of that softmax says how sure the head is of the edge.
 """
 
+import itertools
 import math
 
 import torch
@@ -101,9 +102,7 @@ class GeneralDistributionHead(nn.Module):
         super().__init__()
         self.num_bins = num_bins
         self.towers = nn.ModuleList(
-            nn.Sequential(
-                *(ConvNormAct(i, o) for i, o in zip(channels[:-1], channels[1:], strict=True))
-            )
+            nn.Sequential(*(ConvNormAct(i, o) for i, o in itertools.pairwise(channels)))
             for _ in range(num_towers)
         )
         self.cls = nn.Conv2d(channels[-1], 1, 1)

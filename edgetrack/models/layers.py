@@ -64,6 +64,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(B, N, dim)`` → tokens of the same shape."""
         B, N, C = tokens.shape
         qkv = self.qkv(tokens).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -107,6 +108,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(B, N, dim)`` → tokens of the same shape."""
         tokens = tokens + self._drop(self.attn(self.norm1(tokens)))
         return tokens + self._drop(self.mlp(self.norm2(tokens)))
 
@@ -126,6 +128,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_px, patch_px)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` → tokens ``(B, N, dim)``."""
         tokens: Tensor = self.proj(image).flatten(2).transpose(1, 2)
         return tokens
 
@@ -179,9 +182,6 @@ class ShuffleStem(nn.Module):
 
     Batch norm is folded into the convolutions and the activation is LeakyReLU(0.1), as in the
     published NanoDet weights that it can start from.
-
-    Returns:
-        Features at stride 8 ``(B, 116, H/8, W/8)`` and stride 16 ``(B, 232, H/16, W/16)``.
     """
 
     channels = (116, 232)
@@ -199,6 +199,11 @@ class ShuffleStem(nn.Module):
         return nn.Sequential(_ShuffleUnit(in_channels, half, stride=2), *rest)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels ``(B, 3, H, W)`` → features of two scales.
+
+        Returns:
+            Stride 8 ``(B, 116, H/8, W/8)`` and stride 16 ``(B, 232, H/16, W/16)``.
+        """
         x = F.max_pool2d(_leaky(self.stem["conv"](image)), 3, 2, 1)
         stride_8 = self.stage2(x)
         return stride_8, self.stage3(stride_8)

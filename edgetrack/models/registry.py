@@ -4,9 +4,13 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from safetensors.torch import load_file
+
+from edgetrack.bundle import WEIGHTS_NAME, Bundle
+from edgetrack.errors import CheckpointError
 from edgetrack.models.segmented import SegmentedModel
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["create_model", "list_models", "load_model"]
 
 _FAMILIES = ("early_exit_vit",)
 
@@ -25,7 +29,7 @@ def create_model(name: str, config: Mapping[str, Any] | None = None) -> Segmente
 
     Args:
         name: ``<family>-<variant>``; with ``config``, only the family counts.
-        config: A configuration as ``SegmentedModel.config_dict`` gives it, instead of the variant's.
+        config: What ``SegmentedModel.config_dict`` gave, in the place of the variant's.
 
     Raises:
         ValueError: There is no such family or variant, or the configuration does not fit it.
@@ -38,3 +42,22 @@ def create_model(name: str, config: Mapping[str, Any] | None = None) -> Segmente
         raise ValueError(f"model: expected one of {list_models()}, got {name!r}")
     model: SegmentedModel = module.create(variant if config is None else config)
     return model
+
+
+def load_model(bundle: Bundle) -> SegmentedModel:
+    """The trainable model of a bundle, from its ``weights.safetensors``, in eval mode.
+
+    Raises:
+        CheckpointError: The bundle carries no weights, or they do not fit its configuration.
+    """
+    file = bundle.path / WEIGHTS_NAME
+    if not file.is_file():
+        raise CheckpointError(
+            f"{bundle.path}: expected {WEIGHTS_NAME}, got none; this bundle can track but not train"
+        )
+    model = create_model(bundle.family, bundle.config)
+    try:
+        model.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: expected weights of {bundle.name}, got: {error}") from error
+    return model.eval()

@@ -6,6 +6,7 @@ FP16's range. ``onnxruntime.transformers.float16`` is not used: it returns to FP
 node that it keeps in FP32, so a chain of decoding steps would be rounded at each link.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,9 @@ def cast_file_to_fp16(source: Path, target: Path) -> None:
         BackendUnavailableError: The package onnx is not installed.
         EngineBuildError: The graph cannot be cast.
     """
-    onnx = _onnx()
+    _require_onnx()
+    import onnx
+
     try:
         model = to_fp16(onnx.load(source))
     except (ValueError, onnx.shape_inference.InferenceError) as error:
@@ -91,7 +94,10 @@ def to_fp16(model: "onnx.ModelProto") -> "onnx.ModelProto":
         ValueError: The graph holds control flow, or float16 tensors already.
         BackendUnavailableError: The package onnx is not installed.
     """
-    onnx = _onnx()
+    _require_onnx()
+    import onnx
+    import onnx.inliner
+
     typed = onnx.ModelProto()
     typed.CopyFrom(model)
     if typed.functions:
@@ -101,10 +107,7 @@ def to_fp16(model: "onnx.ModelProto") -> "onnx.ModelProto":
     _constants_to_initializers(onnx, typed.graph)
     _Caster(onnx, typed).cast()
     # Strict inference is the check that no operator reads two float types at once.
-    inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(
-        typed, check_type=True, strict_mode=True
-    )
-    return inferred
+    return onnx.shape_inference.infer_shapes(typed, check_type=True, strict_mode=True)
 
 
 class _Caster:
@@ -258,13 +261,9 @@ def _rounded(array: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     return np.where(is_lost, np.copysign(smallest, clamped), clamped).astype(np.float16)
 
 
-def _onnx() -> Any:
-    try:
-        import onnx
-        import onnx.inliner
-    except ImportError as error:
+def _require_onnx() -> None:
+    if importlib.util.find_spec("onnx") is None:
         raise BackendUnavailableError(
-            f"precision fp16: expected the package onnx, got: {error}; "
+            "precision fp16: expected the package onnx, got none; "
             'run: pip install "edgetrack[onnx]"'
-        ) from error
-    return onnx
+        )

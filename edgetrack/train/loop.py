@@ -1,8 +1,8 @@
 """The training loop: two stages, checkpoints, resuming, one or several processes.
 
 A run is a folder: ``checkpoint.pt`` (all that resuming needs, written whole or not at all),
-``log.jsonl`` (a line per report), ``recipe.json``. Pair ``i`` depends on the seed and ``i`` alone, so
-a run that was killed and resumed sees the pairs that an undisturbed one sees, in the same order.
+``log.jsonl`` (a line per report), ``recipe.json``. Pair ``i`` depends on the seed and ``i`` alone,
+so a run that was killed and resumed sees the pairs that an undisturbed one sees, in the same order.
 
 Under ``torchrun`` each process takes its rows of every batch, and gradients are averaged. On a CPU,
 two processes of one thread are close to twice as fast as one process of two threads.
@@ -302,9 +302,11 @@ class _StageRun:
         kernels = [SDPBackend.MATH] if device_type == "cpu" else list(_GPU_KERNELS)
         with sdpa_kernel(kernels):
             with torch.autocast(device_type, torch.bfloat16, enabled=self.recipe.autocast):
+                loss: Tensor
+                log: dict[str, Tensor]
                 loss, log = self.objective(batch)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
         trained = [p for g in self.optimizer.param_groups for p in g["params"]]
         if self.num_ranks > 1:
             _average_over_ranks([p.grad for p in trained if p.grad is not None])
@@ -312,7 +314,8 @@ class _StageRun:
         nn.utils.clip_grad_norm_(trained, stage.clip_norm)
         self.optimizer.step()
         self._update_average()
-        return log | {"loss": loss.detach()}
+        log["loss"] = loss.detach()
+        return log
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -380,7 +383,8 @@ def _average_over_ranks(tensors: list[Tensor]) -> None:
     flat = torch.cat([t.reshape(-1) for t in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+    means = torch.split(flat, [t.numel() for t in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
         tensor.copy_(mean.view_as(tensor))
 
 

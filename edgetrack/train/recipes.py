@@ -65,7 +65,7 @@ class Recipe:
     model: str
     stages: tuple[Stage, Stage]
     loss_weights: LossWeights = field(default_factory=LossWeights)
-    mix: Mapping[str, float] = field(default_factory=lambda: {**DEFAULT_MIX, "extra": 0.08})
+    mix: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
     num_synthetic_clips: int = 48
     autocast: bool = True
     seed: int = 0

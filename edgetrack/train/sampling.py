@@ -43,7 +43,7 @@ DEFAULT_MIX: Mapping[str, float] = MappingProxyType(
         "video": 0.20,
         "fod": 0.12,
         "tracks": 0.06,
-        "extra": 0.15,
+        "extra": 0.08,
         "coco_mini": 0.16,
         "map_demo": 0.06,
         "ccp_people": 0.04,
@@ -84,10 +84,9 @@ class Pair(TypedDict):
 
 @dataclass(frozen=True)
 class _Frames:
-    """An object in two frames (or in one picture, twice); ``owner`` says whose object it is."""
+    """An object in two frames, or in one picture twice; ``owner`` is the video or picture."""
 
     owner: object
-
     template_image: UInt8Array
     template_bbox_xywh: Float32Array
     search_image: UInt8Array
@@ -109,7 +108,10 @@ _Target = _Frames | Cutout
 
 @dataclass(frozen=True)
 class _Crop:
-    """Pixels ``(S, S, 3)`` BGR, the box normalised to them, and a mask of the frame, if needed."""
+    """Pixels ``(S, S, 3)`` BGR, the box normalised to them, and where they show the frame.
+
+    ``inside`` is ``None`` where nothing of the crop is padding.
+    """
 
     pixels: UInt8Array
     bbox_cxcywh: Float32Array
@@ -118,6 +120,8 @@ class _Crop:
 
 class PairSampler:
     """A map-style data set of pairs, for ``torch.utils.data.DataLoader`` or a plain loop.
+
+    Workers should start by fork: then they share the memory of the pack.
 
     Args:
         pack: Pictures, clips, cutouts.

@@ -1,0 +1,5 @@
+"""``python -m edgetrack``: the command line."""
+
+from edgetrack.cli import main
+
+main()

@@ -1,0 +1,134 @@
+"""``edgetrack inspect`` and ``edgetrack doctor``: what is in a folder, what is on this machine."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgetrack.cli.options import JsonOption, print_json, print_table
+from edgetrack.errors import BundleError
+
+__all__ = ["doctor", "inspect"]
+
+
+def inspect(
+    path: Annotated[
+        Path | None, typer.Argument(help="Bundle or engine folder [default: the one that ships]")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what is in a bundle or in a folder of engines.
+
+    Example: edgetrack inspect my_bundle
+    """
+    from edgetrack.backends.engine import SIDECAR_NAME
+
+    if path is not None and (path / SIDECAR_NAME).is_file():
+        _inspect_engines(path, as_json=json)
+    elif path is not None and not path.is_dir():
+        raise BundleError(f"{path}: expected a bundle or engine folder, got nothing; check it")
+    else:
+        _inspect_bundle(path, as_json=json)
+
+
+def doctor(json: JsonOption = False) -> None:
+    """Show what this machine has, and what to install for the rest.
+
+    Example: edgetrack doctor
+    """
+    from edgetrack.doctor import examine
+
+    report = examine().as_dict()
+    if json:
+        print_json(report)
+        return
+    rows = [(c["name"], c["value"], c["hint"] or "") for c in report["checks"]]
+    _print_wrapped("this machine", ("what", "found", "to do"), rows)
+
+
+def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
+    from edgetrack.bundle import Bundle
+
+    bundle = Bundle.load(path)
+    sizes = {name: (bundle.path / name).stat().st_size for name in bundle.files}
+    graphs = [
+        {
+            "name": g.name,
+            "macs": g.macs,
+            "size_bytes": sizes[g.file],
+            "inputs": [_shape(t) for t in g.inputs],
+            "outputs": [_shape(t) for t in g.outputs],
+        }
+        for g in bundle.graphs
+    ]
+    if as_json:
+        print_json(
+            {
+                "path": str(bundle.path),
+                "name": bundle.name,
+                "family": bundle.family,
+                "paper": bundle.paper,
+                "digest": bundle.digest,
+                "graphs": graphs,
+                "operating_points": dict(bundle.operating_points),
+                "operating_point": bundle.operating_point,
+                "config": dict(bundle.config),
+                "provenance": dict(bundle.provenance),
+                "licence": bundle.licence,
+                "files": sizes,
+            }
+        )
+        return
+    total, done, rows = sum(g.macs for g in bundle.segments), 0, []
+    for g in bundle.graphs:
+        done += g.macs if g is not bundle.template else 0
+        share = "once" if g is bundle.template else f"{done / total:.0%}"
+        tensors = " ".join(t.name for t in g.inputs), " ".join(t.name for t in g.outputs)
+        rows.append((g.name, f"{g.macs / 1e6:.0f} M", share, f"{sizes[g.file] / 1e6:.2f} MB",
+                     *tensors))  # fmt: skip
+    columns = ("graph", "MACs", "of full depth", "size", "reads", "writes")
+    _print_wrapped(f"{bundle.name}  {bundle.path}", columns, rows)
+    typer.echo(f"paper: {bundle.paper}")
+    for name, thresholds in bundle.operating_points.items():
+        default = " (default)" if name == bundle.operating_point else ""
+        typer.echo(f"operating point {name}{default}: stop below {list(thresholds)}")
+    typer.echo(f"licence: {bundle.licence}")
+    _print_provenance(bundle.provenance)
+
+
+def _inspect_engines(path: Path, *, as_json: bool) -> None:
+    from edgetrack.backends.engine import EngineSet
+
+    engines = EngineSet.read(path)
+    engines.verify(engines.key)
+    if as_json:
+        graphs = {name: vars(graph) for name, graph in engines.graphs.items()}
+        print_json({"path": str(path), "key": vars(engines.key), "built_at": engines.built_at,
+                    "graphs": graphs})  # fmt: skip
+        return
+    rows = [(n, f"{g.size_bytes / 1e6:.2f} MB", f"{g.build_s:.2f} s", g.sha256[:12])
+            for n, g in engines.graphs.items()]  # fmt: skip
+    print_table(str(path), ("engine", "size", "build", "SHA-256"), rows)
+    for name, value in vars(engines.key).items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(f"built_at: {engines.built_at}")
+
+
+def _print_provenance(provenance: Any) -> None:
+    for key, value in provenance.items():
+        typer.echo(f"{key}: {value}")
+
+
+def _shape(tensor: Any) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def _print_wrapped(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)

@@ -1,0 +1,219 @@
+"""``edgetrack bench`` and ``edgetrack eval``: how fast, and how accurate."""
+
+import hashlib
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgetrack.cli.options import (
+    BackendOption,
+    BundleOption,
+    EnginesOption,
+    ExitPolicyOption,
+    JsonOption,
+    OperatingPointOption,
+    PrecisionOption,
+    ThreadsOption,
+    ThresholdOption,
+    milliseconds,
+    open_tracker,
+    parse_bbox,
+    print_json,
+    print_table,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from edgetrack.bench import BenchReport, Percentiles
+    from edgetrack.evaluate.results import Evaluation
+    from edgetrack.tracker import Tracker
+
+__all__ = ["bench", "evaluate"]
+
+_SYNTHETIC = "a rendered clip"
+
+
+def bench(
+    source: Annotated[
+        str | None, typer.Option(help="Video or folder to track [default: a rendered clip]")
+    ] = None,
+    bbox: Annotated[
+        str | None, typer.Option(help="The target in its first frame: x,y,w,h in pixels")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=2, help="Frames to time")] = 300,
+    warm_up: Annotated[int, typer.Option(min=0, help="Updates before, not counted")] = 20,
+    bundle: BundleOption = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    engines: EnginesOption = Path("engines"),
+    operating_point: OperatingPointOption = None,
+    exit_policy: ExitPolicyOption = None,
+    threshold: ThresholdOption = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Time a tracker: every exit, the operating point, every stage.
+
+    Example: edgetrack bench --source car.mp4 --bbox 412,230,96,54 --threads 1 --json
+    """
+    from edgetrack.bench import bench as run_bench
+    from edgetrack.doctor import examine
+
+    if source is not None and bbox is None:
+        raise typer.BadParameter("a --source needs --bbox x,y,w,h", param_hint="--bbox")
+    images, box = _frames(source, bbox, frames)
+    with (
+        open_tracker(
+            bundle=bundle,
+            backend=backend,
+            precision=precision,
+            engines=engines,
+            operating_point=operating_point,
+            exit_policy=exit_policy,
+            threshold=threshold,
+            threads=threads,
+        ) as tracker,
+        progress_bar(is_shown=not json) as bar,
+    ):
+        task = bar.add_task("", total=tracker.bundle.num_exits + 1)
+        report = run_bench(
+            tracker,
+            images,
+            box,
+            num_warm_up=warm_up,
+            on_pass=lambda name: bar.update(task, advance=1, description=f"timing {name}"),
+        )
+    machine = examine().as_dict()
+    if json:
+        print_json({**report.as_dict(), "source": source or _SYNTHETIC, "machine": machine})
+        return
+    _print_bench(report, source or _SYNTHETIC, machine)
+
+
+def evaluate(
+    root: Annotated[Path, typer.Argument(help="Folder that holds a folder per sequence")],
+    protocol: Annotated[
+        str, typer.Option(help="ope: first frame not scored; otb: the toolkit's convention")
+    ] = "ope",
+    output: Annotated[
+        Path | None, typer.Option(help="Keep boxes and scores here; a second run resumes")
+    ] = None,
+    bundle: BundleOption = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    engines: EnginesOption = Path("engines"),
+    operating_point: OperatingPointOption = None,
+    exit_policy: ExitPolicyOption = None,
+    threshold: ThresholdOption = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Score a tracker on labelled sequences, one pass each.
+
+    Example: edgetrack eval data/eval --output runs/eval --exit-policy always-last
+    """
+    from edgetrack.data.sequences import read_sequences
+    from edgetrack.evaluate.protocols import PROTOCOLS
+    from edgetrack.evaluate.results import evaluate as run_evaluation
+
+    if protocol not in PROTOCOLS:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(PROTOCOLS)}, got {protocol!r}", param_hint="--protocol"
+        )
+    sequences = read_sequences(root)
+    with (
+        open_tracker(
+            bundle=bundle,
+            backend=backend,
+            precision=precision,
+            engines=engines,
+            operating_point=operating_point,
+            exit_policy=exit_policy,
+            threshold=threshold,
+            threads=threads,
+        ) as tracker,
+        progress_bar(is_shown=not json) as bar,
+    ):
+        task = bar.add_task("evaluating", total=len(sequences))
+        try:
+            result = run_evaluation(
+                tracker,
+                sequences,
+                protocol="otb" if protocol == "otb" else "ope",
+                output=output,
+                fingerprint=_fingerprint(tracker),
+                on_sequence=lambda s: bar.update(task, advance=1, description=s.name),
+            )
+        except KeyboardInterrupt:
+            hint = "the same command goes on" if output else "with --output it could be resumed"
+            typer.echo(f"interrupted: {hint}", err=True)
+            raise typer.Exit(130) from None
+    if json:
+        print_json(result.as_dict())
+    else:
+        _print_evaluation(result)
+
+
+def _frames(source: str | None, bbox: str | None, count: int) -> tuple[list[Any], tuple[Any, ...]]:
+    if source is None or bbox is None:
+        from edgetrack.data.synthetic import render_clip
+
+        clip = list(render_clip(num_frames=count))
+        return [frame for frame, _ in clip], tuple(float(v) for v in clip[0][1])
+    from edgetrack.frames import read_frames
+
+    box = parse_bbox(bbox)
+    with read_frames(source) as frames:
+        return list(itertools.islice(frames, count)), box
+
+
+def _fingerprint(tracker: "Tracker") -> str:
+    """All that decides what the tracker says, for resuming an evaluation."""
+    key = (
+        tracker.bundle.digest,
+        tracker.backend,
+        tracker.precision,
+        tracker.exit_policy.thresholds,
+    )
+    return hashlib.sha256(repr(key).encode()).hexdigest()
+
+
+def _print_bench(report: "BenchReport", source: str, machine: dict[str, Any]) -> None:
+    def row(name: str, p: "Percentiles") -> tuple[str, ...]:
+        return (name, *(milliseconds(v) for v in (p.p50, p.p90, p.p99, p.mean)), str(p.count))
+
+    setup = report.setup
+    title = f"{setup['bundle']} {setup['precision']} on {setup['backend']}, {setup['frame']}"
+    rows = [row(f"always exit {k}", p) for k, p in enumerate(report.exits)]
+    rows.append(row("operating point", report.overall))
+    print_table(title, ("update", "p50 ms", "p90 ms", "p99 ms", "mean ms", "count"), rows)
+    stages = [(name, milliseconds(ms)) for name, ms in report.stages_ms.items()]
+    print_table("full depth, median per stage", ("stage", "ms"), stages)
+    total = sum(report.exit_histogram)
+    shares = ", ".join(f"{k}: {n / total:.0%}" for k, n in enumerate(report.exit_histogram))
+    typer.echo(f"fps {report.fps:.0f} (updates over the seconds spent in them)")
+    typer.echo(f"exits {shares}; thresholds {setup['thresholds']}")
+    typer.echo(f"peak memory {report.peak_memory_mb:.0f} MB; warm-up {setup['num_warm_up']}")
+    typer.echo(f"source {source}; timed: {setup['timed']}")
+    typer.echo(f"machine {machine.get('summary', '')}")
+
+
+def _print_evaluation(result: "Evaluation") -> None:
+    def cells(name: str, metrics: Any, fps: float, histogram: tuple[int, ...]) -> tuple[str, ...]:
+        return (
+            name,
+            f"{metrics.success_auc:.3f}",
+            f"{metrics.precision_20px:.3f}",
+            f"{metrics.norm_precision:.3f}",
+            f"{fps:.0f}",
+            "/".join(map(str, histogram)),
+        )
+
+    rows = [cells(s.name, s.metrics, s.fps, s.exit_histogram) for s in result.sequences]
+    rows.append(cells("mean", result.mean, result.fps, result.exit_histogram))
+    columns = ("sequence", "success AUC", "P@20px", "norm P", "fps", "exits")
+    print_table(f"protocol {result.sequences[0].protocol}", columns, rows)
+    rho = ", ".join(f"{k}: {v:.2f}" for k, v in enumerate(result.uncertainty_rho))
+    typer.echo(f"Spearman's rho of uncertainty and IoU per exit: {rho}")

@@ -1,0 +1,184 @@
+"""Options that several commands share, and how they are parsed and printed."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgetrack.runtime.policies import ExitPolicy
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from edgetrack.bundle import Bundle
+    from edgetrack.tracker import Tracker
+
+__all__ = [
+    "BackendOption",
+    "BundleOption",
+    "EnginesOption",
+    "ExitPolicyOption",
+    "JsonOption",
+    "OperatingPointOption",
+    "PrecisionOption",
+    "ThreadsOption",
+    "ThresholdOption",
+    "milliseconds",
+    "open_tracker",
+    "parse_bbox",
+    "print_json",
+    "print_table",
+    "progress_bar",
+]
+
+BundleOption = Annotated[
+    Path | None, typer.Option("--bundle", "-b", help="Bundle folder [default: the one that ships]")
+]
+BackendOption = Annotated[
+    str, typer.Option(help="auto, onnxruntime, eager, tensorrt or tensorrt-rtx")
+]
+PrecisionOption = Annotated[
+    str | None, typer.Option(help="fp32, fp16 or int8 [default: the backend's own]")
+]
+EnginesOption = Annotated[Path, typer.Option(help="Folder of built engines")]
+OperatingPointOption = Annotated[
+    str | None, typer.Option(help="Named operating point of the bundle [default: its default]")
+]
+ExitPolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="entropy: stop below --threshold; fixed: stop at exit --threshold; always-last"
+    ),
+]
+ThresholdOption = Annotated[
+    str | None,
+    typer.Option(
+        help="For entropy: one number or one per exit but the last (0.2,0.3); for fixed: the exit"
+    ),  # fmt: skip
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of a CPU backend [default: it chooses]")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
+
+
+def parse_bbox(text: str) -> tuple[float, float, float, float]:
+    """``x,y,w,h`` in pixels; anything else is wrong usage."""
+    try:
+        x, y, w, h = (float(v) for v in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected x,y,w,h in pixels such as 412,230,96,54, got {text!r}", param_hint="--bbox"
+        ) from None
+    return x, y, w, h
+
+
+def open_tracker(
+    *,
+    bundle: Path | None,
+    backend: str,
+    precision: str | None,
+    engines: Path,
+    operating_point: str | None,
+    exit_policy: str | None,
+    threshold: str | None,
+    threads: int | None,
+) -> "Tracker":
+    """A tracker from the shared options."""
+    from edgetrack.bundle import Bundle
+    from edgetrack.tracker import Tracker
+
+    loaded = Bundle.load(bundle)
+    return Tracker(
+        loaded,
+        backend=backend,
+        precision=precision,
+        operating_point=operating_point,
+        exit_policy=_policy(loaded, exit_policy, threshold),
+        engines=engines,
+        num_threads=threads,
+    )
+
+
+def _policy(bundle: "Bundle", name: str | None, threshold: str | None) -> ExitPolicy | None:
+    num_exits = bundle.num_exits
+    if name is None and threshold is None:
+        return None
+    name = name or "entropy"
+    if name == "always-last":
+        return ExitPolicy.always_last(num_exits=num_exits)
+    if name not in ("entropy", "fixed"):
+        raise typer.BadParameter(
+            f"expected entropy, fixed or always-last, got {name!r}", param_hint="--exit-policy"
+        )
+    if threshold is None:
+        if name == "entropy":
+            return None
+        raise typer.BadParameter("expected --threshold EXIT with it", param_hint="--exit-policy")
+    try:
+        if name == "fixed":
+            return ExitPolicy.fixed(int(threshold), num_exits=num_exits)
+        values = [float(v) for v in threshold.split(",")]
+        return ExitPolicy.entropy(values[0] if len(values) == 1 else values, num_exits=num_exits)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--threshold") from error
+
+
+def print_json(content: Any) -> None:
+    """Print JSON; NaN and infinity, which JSON lacks, become null."""
+    typer.echo(json.dumps(_json_safe(content), indent=1))
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _json_safe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, footer: str = ""
+) -> None:
+    """Print a table; all columns but the first are right-aligned."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption=footer or None,
+                  caption_justify="left")  # fmt: skip
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+
+
+def milliseconds(value: float) -> str:
+    """A latency as it stands in tables."""
+    return f"{value:.2f}"
+
+
+@contextlib.contextmanager
+def progress_bar(*, is_shown: bool = True) -> Iterator["Progress"]:
+    """A progress bar on the error stream, so that results can be piped."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not is_shown,
+    ) as progress:
+        yield progress

@@ -1,0 +1,199 @@
+"""A segmented model → a bundle: one ONNX graph per segment, the manifest, the weights."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgetrack.bundle import WEIGHTS_NAME, Bundle, GraphSpec, TensorSpec, whole_folder
+from edgetrack.errors import BundleError
+from edgetrack.models.segmented import SegmentedModel, State
+
+__all__ = ["OPSET", "export_bundle"]
+
+# TensorRT 10.3 to 11.x all parse it; FP16 Q/DQ scales need at least 19.
+OPSET = 20
+# Their output shapes depend on data, or they branch on the host: no engine of ours may hold them.
+_FORBIDDEN_OPS = frozenset({"If", "Loop", "Scan", "NonZero", "Unique", "NonMaxSuppression"})
+
+
+def export_bundle(
+    model: SegmentedModel,
+    output: Path,
+    *,
+    name: str,
+    operating_points: Mapping[str, Sequence[float]],
+    operating_point: str,
+    provenance: Mapping[str, Any],
+    licence: str,
+) -> Bundle:
+    """Write a bundle; a failed export leaves what was there before.
+
+    Args:
+        model: The model; it is put into eval mode.
+        output: The bundle's folder, replaced if it exists.
+        name: ``<family>-<variant>`` or another readable name.
+        operating_points: Name → thresholds on ``uncertainty``, one per exit but the last.
+        operating_point: The default one.
+        provenance: Data, recipe, samples seen, metrics: whatever JSON can hold.
+        licence: What the weights may be used for.
+
+    Raises:
+        BundleError: A graph holds an operation that no engine of ours may hold.
+    """
+    model.eval()
+    with whole_folder(output) as folder:
+        template, *segments = _export_graphs(model, folder)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS_NAME)
+        Bundle(
+            path=folder,
+            name=name,
+            family=model.family,
+            paper=model.paper,
+            config=model.config_dict,
+            crops=model.crops,
+            template=template,
+            segments=tuple(segments),
+            operating_points={k: tuple(v) for k, v in operating_points.items()},
+            operating_point=operating_point,
+            provenance=provenance,
+            licence=licence,
+        ).write()
+    return Bundle.load(output)
+
+
+class _Graph(nn.Module):
+    """One graph of the bundle as a module with positional inputs and outputs."""
+
+    def __init__(self, model: SegmentedModel, index: int | None, inputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.index, self.inputs = model, index, inputs
+
+    def run(self, state: Mapping[str, Tensor]) -> State:
+        if self.index is None:
+            return self.model.embed_template(state["template"], state["template_bbox_cxcywh"])
+        return self.model.run_segment(self.index, state)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.run(dict(zip(self.inputs, tensors, strict=True))).values())
+
+
+@torch.no_grad()
+def _export_graphs(model: SegmentedModel, folder: Path) -> list[GraphSpec]:
+    state = _example_inputs(model)
+    specs = []
+    for index in (None, *range(model.num_exits)):
+        inputs = (
+            ("template", "template_bbox_cxcywh") if index is None else model.segment_inputs(index)
+        )
+        graph = _Graph(model, index, inputs)
+        name = "template" if index is None else f"segment_{index}"
+        with FlopCounterMode(display=False) as counter:
+            written = graph.run(state)
+        path = folder / f"{name}.onnx"
+        _export_graph(graph, tuple(state[n] for n in inputs), path, outputs=tuple(written))
+        state |= written
+        specs.append(
+            GraphSpec(
+                name=name,
+                file=path.name,
+                inputs=_specs(_used(path, inputs), state),
+                outputs=_specs(tuple(written), state),
+                macs=counter.get_total_flops() // 2,
+            )
+        )
+    return specs
+
+
+def _export_graph(
+    graph: _Graph, examples: tuple[Tensor, ...], path: Path, *, outputs: tuple[str, ...]
+) -> None:
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            graph.eval(),
+            examples,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.inputs),
+            output_names=list(outputs),
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    _strip(proto)
+    if found := sorted({n.op_type for n in proto.graph.node} & _FORBIDDEN_OPS):
+        raise BundleError(
+            f"{path.name}: expected static shapes and no host branches, got {found}; "
+            "rewrite that part of the model"
+        )
+    onnx.checker.check_model(proto)
+    path.write_bytes(proto.SerializeToString())
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: source paths of the exporting machine, stack traces."""
+    proto.producer_name, proto.doc_string = "edgetrack", ""
+    del proto.metadata_props[:]
+    del proto.graph.metadata_props[:]
+    proto.graph.doc_string = ""
+    for entry in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        del entry.metadata_props[:]
+        entry.doc_string = ""
+    used = {name for node in proto.graph.node for name in node.input}
+    kept = [i for i in proto.graph.input if i.name in used]
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+
+
+def _used(path: Path, inputs: tuple[str, ...]) -> tuple[str, ...]:
+    """The inputs that the graph reads: a family may ignore the template's box."""
+    present = {i.name for i in onnx.load(path).graph.input}
+    return tuple(name for name in inputs if name in present)
+
+
+def _specs(names: tuple[str, ...], state: State) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            name=n, dtype=str(state[n].dtype).removeprefix("torch."), shape=tuple(state[n].shape)
+        )
+        for n in names
+    )
+
+
+def _example_inputs(model: SegmentedModel) -> State:
+    generator = torch.Generator().manual_seed(0)
+
+    def image(side: int) -> Tensor:
+        return torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, generator=generator)
+
+    return {
+        "template": image(model.crops.template_size_px),
+        "template_bbox_cxcywh": torch.tensor([[0.5, 0.5, 0.5, 0.5]]),
+        "search_region": image(model.crops.search_size_px),
+    }
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter prints progress and warns of its own internals; neither is for our users."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -13,6 +13,7 @@ over the answer of the segment before it.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -40,8 +41,8 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
-ANSWER_NAMES = ("bbox_cxcywh", "score", "uncertainty")
-_TEMPLATE_INPUTS = ("template", "template_bbox_cxcywh")
+_ANSWER_SHAPES = {"bbox_cxcywh": (1, 4), "score": (1,), "uncertainty": (1,)}
+ANSWER_NAMES = tuple(_ANSWER_SHAPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,11 @@ class CropSpec:
     template_factor: float
     search_size_px: int
     search_factor: float
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be cropped."""
+        if not all(value > 0 for value in dataclasses.astuple(self)):
+            raise ValueError(f"crops: expected positive sizes and factors, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +172,7 @@ class Bundle:
             )
         try:
             manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BundleFormatError(f"{manifest_path}: expected JSON, got: {error}") from error
         bundle = _from_manifest(folder, manifest)
         if verify:
@@ -217,7 +223,7 @@ class Bundle:
         """
         names = sorted(f.name for f in self.path.iterdir() if f.name != MANIFEST_NAME)
         bundle = dataclasses.replace(self, files={n: sha256_of(self.path / n) for n in names})
-        _check_dataflow(bundle)
+        _check(bundle)
         manifest = dataclasses.asdict(bundle)
         del manifest["path"]
         text = json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1)
@@ -248,18 +254,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = partial.with_name(partial.name + ".old")
     try:
         yield partial
         partial.chmod(0o755)
         if target.exists():
-            old = partial.with_name(partial.name + ".old")
             target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.rename(target)
+        partial.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)  # interrupted between the two renames
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _from_manifest(folder: Path, manifest: Any) -> Bundle:
@@ -268,7 +274,10 @@ def _from_manifest(folder: Path, manifest: Any) -> Bundle:
         raise BundleFormatError(f"{where}: expected a JSON object, got {type(manifest).__name__}")
     version = manifest.get("format_version")
     if not isinstance(version, int):
-        raise BundleFormatError(f"{where}: expected the key 'format_version', got none")
+        raise BundleFormatError(
+            f"{where}: expected a whole number under 'format_version', got {version!r}; "
+            "export the bundle again"
+        )
     if version > FORMAT_VERSION:
         raise BundleFormatError(
             f"{where}: expected format version <= {FORMAT_VERSION}, got {version}; "
@@ -288,15 +297,15 @@ def _from_manifest(folder: Path, manifest: Any) -> Bundle:
             operating_point=manifest["operating_point"],
             provenance=manifest["provenance"],
             licence=manifest["licence"],
-            files=manifest["files"],
+            files=dict(manifest["files"]),
         )
+        _check(bundle)
     except KeyError as error:
         raise BundleFormatError(
             f"{where}: expected the key {error.args[0]!r}, got none; export the bundle again"
         ) from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise BundleFormatError(f"{where}: expected a valid manifest, got: {error}") from error
-    _check_dataflow(bundle)
     return bundle
 
 
@@ -316,36 +325,78 @@ def _tensors(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _check_dataflow(bundle: Bundle) -> None:
-    """Every tensor that a graph reads is written before it, with the same dtype and shape."""
+def _check(bundle: Bundle) -> None:
+    """Refuse a bundle whose parts do not fit together."""
+    problems = itertools.chain(
+        _file_problems(bundle), _dataflow_problems(bundle), _threshold_problems(bundle)
+    )
+    for problem in problems:
+        raise BundleFormatError(
+            f"{bundle.path / MANIFEST_NAME}: {problem}; export the bundle again"
+        )
 
-    def fail(what: str) -> None:
-        raise BundleFormatError(f"{bundle.path / MANIFEST_NAME}: {what}; export the bundle again")
 
-    if not bundle.segments:
-        fail("expected at least one segment, got none")
+def _file_problems(bundle: Bundle) -> Iterator[str]:
+    """Files lie in the bundle's own folder, whatever a manifest from elsewhere says."""
+    for name in bundle.files:
+        if name == ".." or Path(name).name != name:
+            yield f"expected names of files in this folder under 'files', got {name!r}"
     for graph in bundle.graphs:
-        if Path(graph.file).name != graph.file or graph.file not in bundle.files:
-            fail(f"{graph.name}: expected a file listed under 'files', got {graph.file!r}")
-    for spec in bundle.template.inputs:
-        if spec.name not in _TEMPLATE_INPUTS:
-            fail(f"template: expected inputs from {_TEMPLATE_INPUTS}, got {spec.name!r}")
-    known = {t.name: t for t in bundle.template.outputs}
-    for index, segment in enumerate(bundle.segments):
-        for spec in segment.inputs:
-            if spec.name == "search_region" and index == 0:
-                continue
-            if known.get(spec.name) != spec:
-                fail(f"{segment.name}: expected input {spec} to be written before, got "
-                     f"{known.get(spec.name)}")  # fmt: skip
-        outputs = {t.name: t for t in segment.outputs}
-        if missing := [n for n in ANSWER_NAMES if n not in outputs]:
-            fail(f"{segment.name}: expected outputs {ANSWER_NAMES}, got none of {missing}")
-        known |= outputs
+        if graph.file not in bundle.files:
+            yield f"{graph.name}: expected a file listed under 'files', got {graph.file!r}"
+
+
+def _dataflow_problems(bundle: Bundle) -> Iterator[str]:
+    """Every tensor that a graph reads is written before it, with the same dtype and shape."""
+    names = [graph.name for graph in bundle.graphs]
+    expected = ["template", *(f"segment_{k}" for k in range(max(bundle.num_exits, 1)))]
+    if names != expected:
+        yield f"expected the graphs {expected}, got {names}"
+    known: dict[str, TensorSpec] = {}
+    for graph in bundle.graphs:
+        readable = known | _host_tensors(graph.name, bundle.crops)
+        for spec in graph.inputs:
+            if readable.get(spec.name) != spec:
+                yield (
+                    f"{graph.name}: expected input {spec} to be written before, got "
+                    f"{readable.get(spec.name)}"
+                )
+        outputs = {t.name: t for t in graph.outputs}
+        # The answer is one buffer for all exits, so all must agree on it.
+        for name, shape in _ANSWER_SHAPES.items() if graph is not bundle.template else ():
+            spec = TensorSpec(name=name, dtype="float32", shape=shape)
+            if outputs.get(name) != spec:
+                yield f"{graph.name}: expected output {spec}, got {outputs.get(name)}"
+        for spec in graph.outputs:
+            if known.setdefault(spec.name, spec) != spec:
+                yield f"{graph.name}: expected output {known[spec.name]} as before, got {spec}"
+
+
+def _host_tensors(graph_name: str, crops: CropSpec) -> dict[str, TensorSpec]:
+    """What the host writes before it runs a graph."""
+
+    def image(name: str, side_px: int) -> TensorSpec:
+        return TensorSpec(name=name, dtype="uint8", shape=(1, side_px, side_px, 3))
+
+    bbox = TensorSpec(name="template_bbox_cxcywh", dtype="float32", shape=(1, 4))
+    specs = {
+        "template": (image("template", crops.template_size_px), bbox),
+        "segment_0": (image("search_region", crops.search_size_px),),
+    }
+    return {spec.name: spec for spec in specs.get(graph_name, ())}
+
+
+def _threshold_problems(bundle: Bundle) -> Iterator[str]:
+    """Every operating point has a threshold for each exit but the last."""
+    count = bundle.num_exits - 1
     for name, thresholds in bundle.operating_points.items():
-        if len(thresholds) != bundle.num_exits - 1:
-            fail(f"operating point {name!r}: expected {bundle.num_exits - 1} thresholds, got "
-                 f"{len(thresholds)}")  # fmt: skip
+        if len(thresholds) != count or not all(t >= 0 for t in thresholds):
+            yield (
+                f"operating point {name!r}: expected {count} thresholds of at least 0, got "
+                f"{list(thresholds)}"
+            )
     if bundle.operating_point not in bundle.operating_points:
-        fail(f"expected operating_point among {sorted(bundle.operating_points)}, got "
-             f"{bundle.operating_point!r}")  # fmt: skip
+        yield (
+            f"expected operating_point among {sorted(bundle.operating_points)}, got "
+            f"{bundle.operating_point!r}"
+        )

@@ -10,11 +10,19 @@ from typing import Any
 
 import onnx
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgetrack.bundle import WEIGHTS_NAME, Bundle, GraphSpec, TensorSpec, whole_folder
+from edgetrack.bundle import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Bundle,
+    GraphSpec,
+    TensorSpec,
+    whole_folder,
+)
 from edgetrack.errors import BundleError
 from edgetrack.models.segmented import SegmentedModel, State
 
@@ -48,12 +56,20 @@ def export_bundle(
         licence: What the weights may be used for.
 
     Raises:
-        BundleError: A graph holds an operation that no engine of ours may hold.
+        BundleError: A graph holds an operation that no engine of ours may hold, or ``output``
+            holds something else than a bundle.
     """
+    is_empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_empty and not (output / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"{output}: expected a new folder or a bundle to replace, got something else; "
+            "choose another folder"
+        )
     model.eval()
     with whole_folder(output) as folder:
         template, *segments = _export_graphs(model, folder)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS_NAME)
+        weights = save({k: v.contiguous() for k, v in model.state_dict().items()})
+        (folder / WEIGHTS_NAME).write_bytes(weights)  # ``save_file`` lets only its owner read it
         Bundle(
             path=folder,
             name=name,
@@ -97,7 +113,8 @@ def _export_graphs(model: SegmentedModel, folder: Path) -> list[GraphSpec]:
         )
         graph = _Graph(model, index, inputs)
         name = "template" if index is None else f"segment_{index}"
-        with FlopCounterMode(display=False) as counter:
+        # The counter knows the products of the plain kernel, not those inside a fused one.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
             written = graph.run(state)
         path = folder / f"{name}.onnx"
         _export_graph(graph, tuple(state[n] for n in inputs), path, outputs=tuple(written))
@@ -146,7 +163,9 @@ def _strip(proto: onnx.ModelProto) -> None:
     del proto.metadata_props[:]
     del proto.graph.metadata_props[:]
     proto.graph.doc_string = ""
-    for entry in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+    graph = proto.graph
+    tensors = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for entry in (*graph.node, *tensors):
         del entry.metadata_props[:]
         entry.doc_string = ""
     used = {name for node in proto.graph.node for name in node.input}

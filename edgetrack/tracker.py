@@ -1,5 +1,6 @@
 """The tracker: ``init`` on a box, then ``update`` frame by frame."""
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -66,6 +67,13 @@ class Tracker:
         EngineError: Its engines are missing, or were built for something else.
         ValueError: The bundle has no such operating point, or the policy does not fit it.
 
+    Attributes:
+        bundle: What it runs.
+        backend: Name of the backend that was chosen.
+        precision: Precision of its engines.
+        engines_path: Folder of the built engines; ``None`` where it started from the bundle.
+        crop_ms: Time of the crop in the last update.
+
     After an exception in ``update`` the tracker keeps its last box; call ``init`` to start afresh.
 
     Example:
@@ -95,11 +103,6 @@ class Tracker:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         thresholds = self.bundle.thresholds(operating_point)
         self.exit_policy = ExitPolicy(thresholds) if exit_policy is None else exit_policy
-        if len(self.exit_policy.thresholds) != self.bundle.num_exits - 1:
-            raise ValueError(
-                f"exit_policy: expected {self.bundle.num_exits - 1} thresholds for "
-                f"{self.bundle.name}, got {len(self.exit_policy.thresholds)}"
-            )
         chosen = get_backend(backend, num_threads=num_threads)
         self.backend = chosen.name
         self.precision = chosen.precisions[0] if precision is None else precision
@@ -116,6 +119,24 @@ class Tracker:
         self._is_closed = False
         self._crop_ms = 0.0
         self._warm_up()
+
+    @property
+    def exit_policy(self) -> ExitPolicy:
+        """When to stop early; another one may be set between frames.
+
+        Raises:
+            ValueError: The policy that is set has not one threshold per exit but the last.
+        """
+        return self._exit_policy
+
+    @exit_policy.setter
+    def exit_policy(self, policy: ExitPolicy) -> None:
+        if len(policy.thresholds) != self.bundle.num_exits - 1:
+            raise ValueError(
+                f"exit_policy: expected {self.bundle.num_exits - 1} thresholds for "
+                f"{self.bundle.name}, got {len(policy.thresholds)}"
+            )
+        self._exit_policy = policy
 
     @property
     def bbox(self) -> tuple[float, float, float, float] | None:
@@ -161,8 +182,8 @@ class Tracker:
             frame: As in ``init``, and of the same shape.
 
         Returns:
-            The answer of the exit that was taken. If a network gives a box that is not finite, the
-            last box stays and the score is 0.
+            The answer of the exit that was taken. If a network gives a box or a score that is not
+            finite, the last box stays and the score is 0.
 
         Raises:
             TrackerStateError: ``init`` was not called, or the tracker was closed.
@@ -186,8 +207,9 @@ class Tracker:
         exit_index = self._chain.run(self.exit_policy)
         self._num_frames += 1
         score = float(buffers["score"][0])
-        bbox_xywh = window.to_frame(buffers["bbox_cxcywh"][0])
-        if np.isfinite(bbox_xywh).all():
+        with np.errstate(over="ignore", invalid="ignore"):
+            bbox_xywh = window.to_frame(buffers["bbox_cxcywh"][0])
+        if np.isfinite(bbox_xywh).all() and math.isfinite(score):
             self._bbox = _settle(bbox_xywh, width_px=frame.shape[1], height_px=frame.shape[0])
         else:
             score = 0.0

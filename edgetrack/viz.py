@@ -1,23 +1,32 @@
 """Drawing on frames, and plots of training and of exits: pure functions."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetrack.errors import DataError, package_missing
+from edgetrack.errors import BackendUnavailableError, DataError, package_missing
 
 try:
     import cv2
 except ImportError as error:
     raise package_missing("cv2", error) from error
 
-__all__ = ["draw_result", "exit_colour", "plot_curves", "plot_training"]
+__all__ = [
+    "draw_result",
+    "exit_colour",
+    "plot_curves",
+    "plot_training",
+    "select_bbox",
+    "show_frame",
+]
 
 Frame = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -29,7 +38,7 @@ _TRUTH_COLOUR = (255, 255, 255)
 _LOST_COLOUR = (0, 0, 235)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _AXIS_KEYS = {"stage", "step", "samples"}
-_SHIFT = 4  # cv2 draws at 1/16 pixel
+_WINDOW = "edgetrack"
 
 
 def exit_colour(exit_index: int, *, num_exits: int) -> Colour:
@@ -91,11 +100,11 @@ def _draw_box(canvas: Frame, bbox_xywh: npt.ArrayLike, *, colour: Colour, thickn
     x, y, w, h = np.asarray(bbox_xywh, np.float64).tolist()
     if not math.isfinite(x + y + w + h):
         return
-    # A box reaches from edge to edge of its pixels; cv2 counts from the centre of the first.
-    corners = np.clip([x - 0.5, y - 0.5, x + w - 0.5, y + h - 0.5], -(2**20), 2**20)
-    left, top, right, bottom = np.round(corners * 2**_SHIFT).astype(int).tolist()
-    for shade, width in (((0, 0, 0), thickness + 2), (colour, thickness)):
-        cv2.rectangle(canvas, (left, top), (right, bottom), shade, width, cv2.LINE_AA, shift=_SHIFT)
+    # The first and last pixel of the box; far ones are cut to what cv2 can take.
+    corners = np.clip([x, y, x + w - 1, y + h - 1], -(2**14), 2**14)
+    left, top, right, bottom = np.round(corners).astype(int).tolist()
+    for shade, width_px in (((0, 0, 0), thickness + 2), (colour, thickness)):
+        cv2.rectangle(canvas, (left, top), (right, bottom), shade, width_px)
 
 
 def _draw_bar(canvas: Frame, text: str, *, colour: Colour) -> None:
@@ -212,3 +221,56 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
                 f"{path}:{number}: expected a JSON object, got {line[:40]!r}; remove the line"
             )
     return entries
+
+
+def select_bbox(frame: Frame) -> tuple[float, float, float, float]:
+    """Let a person draw the target in a window.
+
+    Args:
+        frame: ``(H, W, 3)`` uint8 BGR.
+
+    Returns:
+        x, y, w, h in pixels.
+
+    Raises:
+        BackendUnavailableError: This OpenCV has no windows, or there is no display.
+        ValueError: Nothing was drawn.
+    """
+    with _window_errors():
+        x, y, w, h = cv2.selectROI(_WINDOW, frame, showCrosshair=False)
+        cv2.destroyWindow(_WINDOW)
+    if w <= 0 or h <= 0:
+        raise ValueError(
+            "select: expected a box drawn in the window, got none; draw it, press Enter"
+        )
+    return float(x), float(y), float(w), float(h)
+
+
+def show_frame(frame: Frame) -> bool:
+    """Show a frame in a window.
+
+    Returns:
+        ``False`` once the person presses q or Escape.
+
+    Raises:
+        BackendUnavailableError: This OpenCV has no windows, or there is no display.
+    """
+    with _window_errors():
+        cv2.imshow(_WINDOW, frame)
+        return cv2.waitKey(1) & 0xFF not in (ord("q"), 27)
+
+
+@contextlib.contextmanager
+def _window_errors() -> Iterator[None]:
+    # Without a display Qt does not raise: it ends the process.
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        raise BackendUnavailableError(
+            "window: expected a display, got none; use --bbox and --save instead of a window"
+        )
+    try:
+        yield
+    except cv2.error as error:
+        raise BackendUnavailableError(
+            "window: expected OpenCV with windows, got one without; run: pip uninstall "
+            "opencv-python-headless && pip install opencv-python"
+        ) from error

@@ -88,7 +88,7 @@ class TensorRTBackend:
             BackendUnavailableError: The package, or for ``tensorrt`` a GPU, is missing.
         """
         self._check_precision(precision)
-        version = installed_version(self.name) or str(import_package(self.name).__version__)
+        version = self._version()
         device = find_cuda_device()
         if device is None and self.name == "tensorrt":
             raise BackendUnavailableError(
@@ -174,11 +174,13 @@ class TensorRTBackend:
 
     def _failed(self, onnx_path: Path, expected: str, errors: list[str]) -> EngineBuildError:
         text = " | ".join(errors) or "no reason given"
-        version = installed_version(self.name)
         return EngineBuildError(
-            f"{onnx_path}: expected {expected} from {self.name} {version}, got: {text}; "
+            f"{onnx_path}: expected {expected} from {self.name} {self._version()}, got: {text}; "
             f"{hint_for(text)}"
         )
+
+    def _version(self) -> str:
+        return installed_version(self.name) or str(import_package(self.name).__version__)
 
     def _build(
         self, trt: Any, builder: Any, network: Any, config: Any, on_step: StepReport | None

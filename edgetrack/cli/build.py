@@ -73,7 +73,7 @@ def build_engines(
             bar.update(
                 task,
                 description=f"building {progress.graph}: {progress.phase}",
-                completed=progress.index + progress.fraction,
+                completed=progress.index + int(progress.fraction),
                 total=progress.num_graphs,
                 visible=True,
             )

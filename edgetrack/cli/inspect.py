@@ -38,12 +38,12 @@ def doctor(json: JsonOption = False) -> None:
     """
     from edgetrack.doctor import examine
 
-    report = examine().as_dict()
+    report = examine()
     if json:
-        print_json(report)
+        print_json(report.as_dict())
         return
-    rows = [(c["name"], c["value"], c["hint"] or "") for c in report["checks"]]
-    _print_wrapped("this machine", ("what", "found", "to do"), rows)
+    rows = [(f.name, f.value, f.hint) for f in report]
+    print_table("this machine", ("what", "found", "to do"), rows, is_numeric=False)
 
 
 def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
@@ -87,7 +87,7 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
         rows.append((g.name, f"{g.macs / 1e6:.0f} M", share, f"{sizes[g.file] / 1e6:.2f} MB",
                      *tensors))  # fmt: skip
     columns = ("graph", "MACs", "of full depth", "size", "reads", "writes")
-    _print_wrapped(f"{bundle.name}  {bundle.path}", columns, rows)
+    print_table(f"{bundle.name}  {bundle.path}", columns, rows, is_numeric=False)
     typer.echo(f"paper: {bundle.paper}")
     for name, thresholds in bundle.operating_points.items():
         default = " (default)" if name == bundle.operating_point else ""
@@ -121,14 +121,3 @@ def _print_provenance(provenance: Any) -> None:
 
 def _shape(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
-
-
-def _print_wrapped(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console().print(table)

@@ -85,7 +85,7 @@ def bench(
             num_warm_up=warm_up,
             on_pass=lambda name: bar.update(task, advance=1, description=f"timing {name}"),
         )
-    machine = examine().as_dict()
+    machine = {f.name: f.value for f in examine() if f.is_present}
     if json:
         print_json({**report.as_dict(), "source": source or _SYNTHETIC, "machine": machine})
         return
@@ -197,7 +197,7 @@ def _print_bench(report: "BenchReport", source: str, machine: dict[str, Any]) ->
     typer.echo(f"exits {shares}; thresholds {setup['thresholds']}")
     typer.echo(f"peak memory {report.peak_memory_mb:.0f} MB; warm-up {setup['num_warm_up']}")
     typer.echo(f"source {source}; timed: {setup['timed']}")
-    typer.echo(f"machine {machine.get('summary', '')}")
+    typer.echo("machine " + "; ".join(machine.values()))
 
 
 def _print_evaluation(result: "Evaluation") -> None:

@@ -59,7 +59,7 @@ ThresholdOption = Annotated[
     str | None,
     typer.Option(
         help="For entropy: one number or one per exit but the last (0.2,0.3); for fixed: the exit"
-    ),  # fmt: skip
+    ),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of a CPU backend [default: it chooses]")
@@ -145,17 +145,18 @@ def _json_safe(value: Any) -> Any:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, footer: str = ""
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, is_numeric: bool = True
 ) -> None:
-    """Print a table; all columns but the first are right-aligned."""
+    """Print a table; numbers stand right, and every column but the first holds them."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption=footer or None,
-                  caption_justify="left")  # fmt: skip
+    typer.echo(title)
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+        is_number = index > 0 and is_numeric
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console().print(table)
@@ -170,12 +171,12 @@ def milliseconds(value: float) -> str:
 def progress_bar(*, is_shown: bool = True) -> Iterator["Progress"]:
     """A progress bar on the error stream, so that results can be piped."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
         transient=True,

@@ -69,7 +69,8 @@ def score_boxes(boxes_xywh: npt.NDArray[np.floating], truth_xywh: Float64Array) 
         raise ValueError("score_boxes: expected truth in each row, got NaN; leave those frames out")
     # Comparisons with NaN are false, so a missed frame fails at every threshold.
     overlaps = iou_xywh(boxes, truth_xywh)
-    errors = boxes[:, :2] + boxes[:, 2:] / 2 - truth_xywh[:, :2] - truth_xywh[:, 2:] / 2
+    centres, truth_centres = (b[:, :2] + b[:, 2:] / 2 for b in (boxes, truth_xywh))
+    errors = centres - truth_centres
     errors_px = np.hypot(*errors.T)
     errors_of_size = np.hypot(*(errors / truth_xywh[:, 2:]).T)
     return Metrics(

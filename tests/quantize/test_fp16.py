@@ -3,9 +3,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from toy_bundle import plain_search_region, write_toy_bundle
 
 from edgetrack.bundle import Bundle
@@ -62,9 +62,9 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def run(model: onnx.ModelProto, **inputs: Any) -> dict[str, Any]:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs), strict=True))
+    """Run with ONNX's reference, which rounds at every cast; ONNX Runtime drops pairs of them."""
+    session = ReferenceEvaluator(model)
+    return dict(zip(session.output_names, session.run(None, inputs), strict=True))
 
 
 def test_boundaries_become_fp16_but_for_pixels_and_answers(bundle: Bundle) -> None:

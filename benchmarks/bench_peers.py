@@ -5,7 +5,7 @@
 
 Needs an OpenCV with contrib (pip install opencv-contrib-python-headless) and NanoTrack's two ONNX
 files, which carry no licence and are not part of this project. ``DATA_ROOT`` is laid out like
-``edgetrack eval`` wants it. Trackers take turns sequence by sequence; ratios are medians of medians.
+``edgetrack eval`` wants it. Trackers take turns sequence by sequence.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    print(f"{'tracker':24s} {'AUC':>6s} {'P@20':>6s} {'p50 ms':>8s} {'mean ms':>8s} {'ratio':>6s} exits")
+    print("tracker                     AUC   P@20   p50 ms  mean ms  ratio exits")
     for name, row in rows.items():
         print(
             f"{name:24s} {row['success_auc']:6.3f} {row['precision_20px']:6.3f} "

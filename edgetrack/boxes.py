@@ -67,9 +67,9 @@ def clip_xywh(
     """
     x1, y1, w, h = np.moveaxis(np.asarray(boxes_xywh), -1, 0)
     x2, y2 = x1 + w, y1 + h
-    x1, x2 = np.clip(x1, 0, width_px - margin_px), np.clip(x2, margin_px, width_px)
-    y1, y2 = np.clip(y1, 0, height_px - margin_px), np.clip(y2, margin_px, height_px)
-    least_w, least_h = np.minimum(margin_px, np.abs(w)), np.minimum(margin_px, np.abs(h))
+    least_w, least_h = np.clip(w, 0, margin_px), np.clip(h, 0, margin_px)
+    x1, x2 = np.clip(x1, 0, width_px - least_w), np.clip(x2, least_w, width_px)
+    y1, y2 = np.clip(y1, 0, height_px - least_h), np.clip(y2, least_h, height_px)
     return np.stack([x1, y1, np.maximum(x2 - x1, least_w), np.maximum(y2 - y1, least_h)], -1)
 
 
@@ -84,14 +84,14 @@ def as_bbox_xywh(
         height_px: Height of the frame.
 
     Returns:
-        The box ``(4,)``, float32, unchanged in value (it may stick out of the frame).
+        The box ``(4,)``, float32, a copy unchanged in value (it may stick out of the frame).
 
     Raises:
-        ValueError: It does not hold four finite numbers, its width or height is not positive,
-            or it lies outside the frame.
+        ValueError: It does not hold four finite numbers, its width or height is not positive or
+            over twice the frame's, or it lies outside the frame.
     """
     try:
-        box = np.asarray(bbox, dtype=np.float32)
+        box = np.array(bbox, dtype=np.float32)
     except (TypeError, ValueError):
         raise ValueError(f"bbox: expected four numbers x, y, w, h, got {bbox!r}") from None
     if box.shape != (4,) or not np.isfinite(box).all():
@@ -101,6 +101,11 @@ def as_bbox_xywh(
     x, y, w, h = box.tolist()
     if w <= 0 or h <= 0:
         raise ValueError(f"bbox: expected a positive width and height in pixels, got {w:g} x {h:g}")
+    if w > 2 * width_px or h > 2 * height_px:  # a crop around it might not fit into memory
+        raise ValueError(
+            f"bbox: expected a box at most twice as large as the {width_px}x{height_px} frame, "
+            f"got {w:g} x {h:g}; w and h are a width and a height in pixels"
+        )
     if x >= width_px or y >= height_px or x + w <= 0 or y + h <= 0:
         raise ValueError(
             f"bbox: expected a box that overlaps the {width_px}x{height_px} frame, "

@@ -73,7 +73,7 @@ class Report:
     def __iter__(self) -> Iterator[Finding]:
         return (getattr(self, f.name) for f in dataclasses.fields(self))
 
-    def to_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
         return dataclasses.asdict(self)
 

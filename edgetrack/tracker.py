@@ -1,5 +1,6 @@
 """The tracker: ``init`` on a box, then ``update`` frame by frame."""
 
+import contextlib
 import math
 import os
 import time
@@ -72,7 +73,6 @@ class Tracker:
         backend: Name of the backend that was chosen.
         precision: Precision of its engines.
         engines_path: Folder of the built engines; ``None`` where it started from the bundle.
-        crop_ms: Time of the crop in the last update.
 
     After an exception in ``update`` the tracker keeps its last box; call ``init`` to start afresh.
 
@@ -106,10 +106,6 @@ class Tracker:
         chosen = get_backend(backend, num_threads=num_threads)
         self.backend = chosen.name
         self.precision = chosen.precisions[0] if precision is None else precision
-        loaded, self.engines_path = _load_engines(
-            self.bundle, chosen, precision=self.precision, root=Path(engines)
-        )
-        self._chain = Chain(self.bundle, loaded)
         crops = self.bundle.crops
         self._template_cropper = Cropper(crops.template_size_px)
         self._search_cropper = Cropper(crops.search_size_px)
@@ -118,7 +114,13 @@ class Tracker:
         self._num_frames = 0
         self._is_closed = False
         self._crop_ms = 0.0
-        self._warm_up()
+        with contextlib.ExitStack() as opened:
+            loaded, self.engines_path = _load_engines(
+                self.bundle, chosen, precision=self.precision, root=Path(engines), opened=opened
+            )
+            self._chain = Chain(self.bundle, loaded)
+            self._warm_up()
+            opened.pop_all()  # all went well: from here on ``close`` frees them
 
     @property
     def exit_policy(self) -> ExitPolicy:
@@ -251,16 +253,28 @@ class Tracker:
 
 
 def _load_engines(
-    bundle: Bundle, backend: Backend, *, precision: str, root: Path
+    bundle: Bundle,
+    backend: Backend,
+    *,
+    precision: str,
+    root: Path,
+    opened: contextlib.ExitStack,
 ) -> tuple[list[Engine], Path | None]:
-    """Engines that were built for this bundle here, else straight from its graphs."""
+    """Engines that were built for this bundle here, else straight from its graphs.
+
+    Each is entered into ``opened``, so that those before one that fails are freed.
+    """
     key = backend.key(model=bundle.name, bundle_digest=bundle.digest, precision=precision)
     built = find_engines(root, key)
-    if built is None:
-        return [backend.load_onnx(bundle.graph_path(g), g) for g in bundle.graphs], None
-    return [backend.load(built.path / built.graphs[g.name].file, g) for g in bundle.graphs], (
-        built.path
-    )
+    engines: list[Engine] = []
+    for graph in bundle.graphs:
+        if built is None:
+            engine = backend.load_onnx(bundle.graph_path(graph), graph)
+        else:
+            engine = backend.load(built.path / built.graphs[graph.name].file, graph)
+        opened.callback(engine.close)
+        engines.append(engine)
+    return engines, None if built is None else built.path
 
 
 def _checked(frame: Any) -> npt.NDArray[np.uint8]:

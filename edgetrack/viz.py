@@ -80,7 +80,7 @@ def draw_result(
     Returns:
         The drawn copy, ``(H, W, 3)`` uint8 BGR.
     """
-    canvas = frame.copy()
+    canvas: Frame = np.array(frame, np.uint8)
     colour = _LOST_COLOUR if lost else exit_colour(exit_index, num_exits=num_exits)
     thickness = max(round(min(canvas.shape[:2]) / 240), 2)
     if truth_xywh is not None:

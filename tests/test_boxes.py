@@ -104,6 +104,24 @@ def test_clip_keeps_a_margin_of_a_box_that_left(x: float, y: float) -> None:
     assert 0 <= y <= 20
 
 
+@pytest.mark.parametrize(
+    ("bbox", "expected"),
+    [
+        ((-50.0, 3, 2, 5), (0, 3, 2, 5)),
+        ((500.0, 3, 2, 5), (38, 3, 2, 5)),
+        ((3.0, 500, 2, 5), (3, 25, 2, 5)),
+        ((3.0, 4, 2, 5), (3, 4, 2, 5)),
+        ((3.0, 4, -2, -5), (3, 4, 0, 0)),
+    ],
+)
+def test_clip_does_not_stretch_a_box_narrower_than_the_margin(
+    bbox: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    clipped = clip_xywh(np.array(bbox), width_px=40, height_px=30, margin_px=10)
+
+    assert_array_equal(clipped, expected)
+
+
 def test_a_user_s_box_is_taken_unchanged_as_float32() -> None:
     box = as_bbox_xywh((-3, 4.5, 20, 10), width_px=40, height_px=30)
 

@@ -108,9 +108,9 @@ def test_a_crop_without_resize_is_the_pixels_themselves() -> None:
 
 
 def test_the_window_has_the_paper_s_side_and_the_box_s_centre() -> None:
-    window = CropWindow.around(np.array([100.0, 50.0, 40.0, 90.0]), factor=4)
+    window = CropWindow.around(np.array([100.0, 50.0, 40.0, 90.0]), factor=3.99)
 
-    assert window.side_px == math.ceil(math.sqrt(40 * 90) * 4) == 240
+    assert window.side_px == math.ceil(math.sqrt(40 * 90) * 3.99) == 240
     assert (window.left_px + 120, window.top_px + 120) == (120, 95)
 
 

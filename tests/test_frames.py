@@ -135,7 +135,8 @@ def test_a_video_cut_in_the_middle_gives_all_that_is_left_and_then_says_so(
     numbers, message = numbers_until_cut(source)
 
     assert 15 <= len(numbers) <= 45
-    assert numbers == [index % (WIDTH // 8) for index in range(len(numbers))]
+    # The last one may be half a frame.
+    assert numbers[:-1] == [index % (WIDTH // 8) for index in range(len(numbers) - 1)]
     assert f"cut.{suffix}: expected 60 frames as it declares, got {len(numbers)}; " in message
     with pytest.raises(StopIteration):
         next(source)
@@ -148,6 +149,14 @@ def test_a_file_that_is_no_video_is_refused_at_the_call(tmp_path: Path, content:
 
     with pytest.raises(SourceError, match=r"clip\.mp4: expected .* re-encode"):
         read_frames(path)
+
+
+def test_a_video_without_a_frame_is_refused_at_the_call(tmp_path: Path) -> None:
+    content = write_video(tmp_path / "clip.avi", "MJPG").read_bytes()
+    (tmp_path / "empty.avi").write_bytes(content[: content.find(b"movi") + 4])
+
+    with pytest.raises(SourceError, match=r"empty\.avi: expected .* re-encode"):
+        read_frames(tmp_path / "empty.avi")
 
 
 def test_an_mp4_without_its_end_is_refused_at_the_call(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_the_box_has_the_colour_of_its_exit_on_its_edges(exit_index: int) -> Non
     for x, y in ((100, 85), (179, 85), (140, 60), (140, 109)):
         assert_array_equal(drawn[y, x], colour)
     assert_array_equal(drawn[85, 140], (128, 128, 128))
+    columns = np.flatnonzero((drawn[85] != 128).any(-1))
+    assert 100 - columns.min() == columns.max() - 179
 
 
 @pytest.mark.parametrize("num_exits", [2, 3, 6])

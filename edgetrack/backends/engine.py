@@ -13,18 +13,19 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from edgetrack.bundle import GraphSpec, sha256_of
 from edgetrack.errors import EngineMismatchError, EngineNotFoundError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = ["Backend", "Buffers", "BuiltGraph", "Engine", "EngineKey", "EngineSet", "find_engines"]
 
 SIDECAR_NAME = "engines.json"
 
-Buffers = Mapping[str, npt.NDArray[Any]]
+Buffers: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
 
 
 class Engine(Protocol):

@@ -102,12 +102,25 @@ class EarlyExitViTConfig:
         """Check what types cannot say."""
         if self.stem not in ("patch", "shuffle"):
             raise ValueError(f"stem: expected 'patch' or 'shuffle', got {self.stem!r}")
-        if list(self.exit_after) != sorted(set(self.exit_after)) or self.exit_after[0] < 1:
+        for name in ("template_size_px", "search_size_px"):
+            if getattr(self, name) % 16:
+                raise ValueError(f"{name}: expected a multiple of 16, got {getattr(self, name)}")
+        is_rising = list(self.exit_after) == sorted({0, *self.exit_after})[1:]
+        if not is_rising or not self.exit_after:
             raise ValueError(f"exit_after: expected rising block counts, got {self.exit_after}")
-        if self.dim % self.num_heads or self.bypass_dim % self.bypass_heads:
-            raise ValueError("dim: expected a multiple of the number of heads")
+        for width, heads in (("dim", "num_heads"), ("bypass_dim", "bypass_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"{width}: expected a multiple of {heads}={getattr(self, heads)}, got "
+                    f"{getattr(self, width)}"
+                )
         if self.correlation_dim and self.stem != "shuffle":
             raise ValueError("correlation_dim: expected 0 with stem 'patch'")
+        if self.correlation_dim and self.head_upsample > 2:
+            raise ValueError(
+                "head_upsample: expected 1 or 2 with correlation_dim, whose features are at "
+                f"stride 8, got {self.head_upsample}"
+            )
 
 
 CONFIGS: dict[str, EarlyExitViTConfig] = {

@@ -1,5 +1,7 @@
 """Weights that others published, mapped onto our models."""
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,9 +68,10 @@ def load_shuffle_stem(stem: ShuffleStem, path: Path) -> None:
         CheckpointError: It cannot be read, or lacks keys; they are named.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # numpy opens other kinds of files too, and answers with something else than an archive
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
             arrays = {k: torch.from_numpy(archive[k]) for k in archive.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path}: expected an .npz of ShuffleNetV2, got: {error}") from error
     ours = stem.state_dict()
     if missing := [k for k in ours if k not in arrays or arrays[k].shape != ours[k].shape]:

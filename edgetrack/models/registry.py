@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from edgetrack.bundle import WEIGHTS_NAME, Bundle
@@ -58,6 +59,6 @@ def load_model(bundle: Bundle) -> SegmentedModel:
     model = create_model(bundle.family, bundle.config)
     try:
         model.load_state_dict(load_file(file))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{file}: expected weights of {bundle.name}, got: {error}") from error
     return model.eval()

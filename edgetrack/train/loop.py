@@ -8,10 +8,13 @@ Under ``torchrun`` each process takes its rows of every batch, and gradients are
 two processes of one thread are close to twice as fast as one process of two threads.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,17 +27,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from edgetrack.errors import CheckpointError
 from edgetrack.models.early_exit_vit import EarlyExitViT
 from edgetrack.models.registry import create_model
 from edgetrack.models.segmented import SegmentedModel
+from edgetrack.train.checkpoints import (
+    checkpoint_fits,
+    find_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from edgetrack.train.losses import distillation_loss, tracking_loss
 from edgetrack.train.recipes import Recipe, Stage
 from edgetrack.train.sampling import Pair, PairSampler, worker_init
 
 __all__ = ["Progress", "fit", "freeze_for_stage_2", "load_trained"]
 
-CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "log.jsonl"
 _GPU_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
@@ -150,7 +157,7 @@ def fit(
     """
     output.mkdir(parents=True, exist_ok=True)
     described = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    saved = _read_checkpoint(output, described)
+    saved = find_checkpoint(output, recipe=described)
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _early_exit_vit(recipe)
@@ -158,6 +165,8 @@ def fit(
         initial(model)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub gap
     (output / "recipe.json").write_text(json.dumps(described, indent=1), "utf-8")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _drop_unsaved(output / LOG_NAME, saved)
     for number, stage in enumerate(recipe.stages, 1):
         if saved is not None and saved["stage"] > number:
             continue
@@ -183,15 +192,13 @@ def load_trained(path: Path) -> EarlyExitViT:
         path: The run's folder.
 
     Raises:
-        CheckpointError: It holds no checkpoint.
+        CheckpointError: It holds no checkpoint, or a damaged one.
     """
-    file = path / CHECKPOINT_NAME
-    if not file.is_file():
-        raise CheckpointError(f"{path}: expected {CHECKPOINT_NAME}, got none; run: edgetrack train")
-    saved = _load(file)
+    saved = read_checkpoint(path)
     model = create_model(saved["recipe"]["model"])
     assert isinstance(model, EarlyExitViT)
-    model.load_state_dict(saved["average"])
+    with checkpoint_fits(path):
+        model.load_state_dict(saved["average"])
     return model.eval()
 
 
@@ -224,11 +231,12 @@ class _StageRun:
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        with checkpoint_fits(self.output):
+            self.model.load_state_dict(saved["model"])
+            self.average.load_state_dict(saved["average"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
         self.step = saved["step"]
-        torch.set_rng_state(saved["rng"])
 
     def save(self) -> None:
         if self.rank != 0:
@@ -242,9 +250,7 @@ class _StageRun:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
-        partial = self.output / f".{CHECKPOINT_NAME}.partial"
-        torch.save(content, partial)
-        partial.replace(self.output / CHECKPOINT_NAME)
+        write_checkpoint(self.output, content)
 
     def train(
         self,
@@ -260,8 +266,9 @@ class _StageRun:
         saved_at = time.monotonic()
         try:
             for batch in self._batches(sampler, num_workers):
-                report.add(self._update(batch))
-                self.step += 1
+                with _held_interrupt():
+                    report.add(self._update(batch))
+                    self.step += 1
                 is_last = self.step == self.stage.num_steps
                 if self.step % report_every == 0 or (is_last and self.rank == 0):
                     report.write(self.step)
@@ -283,6 +290,8 @@ class _StageRun:
             num_workers=num_workers,
             worker_init_fn=worker_init if num_workers else None,
             prefetch_factor=4 if num_workers else None,
+            # Its own generator: a resumed run makes one loader more, and must not draw more.
+            generator=torch.Generator(),
         )
         device = next(self.model.parameters()).device
         for batch in loader:
@@ -310,7 +319,7 @@ class _StageRun:
         trained = [p for g in self.optimizer.param_groups for p in g["params"]]
         if self.num_ranks > 1:
             _average_over_ranks([p.grad for p in trained if p.grad is not None])
-            _average_over_ranks([b for b in self.model.buffers() if b.is_floating_point()])
+            _average_over_ranks(_learning_buffers(self.model))
         nn.utils.clip_grad_norm_(trained, stage.clip_norm)
         self.optimizer.step()
         self._update_average()
@@ -388,6 +397,42 @@ def _average_over_ranks(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+def _learning_buffers(model: nn.Module) -> list[Tensor]:
+    """Batch-norm statistics that training moves; a mean of frozen ones may lose their last bit."""
+    training = [m for m in model.modules() if m.training and isinstance(m, nn.BatchNorm2d)]
+    return [b for m in training for b in m.buffers() if b.is_floating_point()]
+
+
+@contextlib.contextmanager
+def _held_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done: a run cannot go on from half a step."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if held:
+        raise KeyboardInterrupt
+
+
+def _drop_unsaved(log: Path, saved: Mapping[str, Any] | None) -> None:
+    """Drop the lines of steps that come after the checkpoint: they will be done again."""
+    if not log.is_file():
+        return
+    done = (0, 0) if saved is None else (saved["stage"], saved["step"])
+    kept = []
+    for line in log.read_text("utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):  # the last may have been cut off by a kill
+            entry = json.loads(line)
+            kept += [line] if (entry["stage"], entry["step"]) <= done else []
+    log.write_text("".join(kept), "utf-8")
+
+
 def _run_trunk(model: EarlyExitViT, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = model.embed_template(batch["template"], batch["template_bbox_cxcywh"])
     state["search_region"] = batch["search_region"]
@@ -439,26 +484,3 @@ def _early_exit_vit(recipe: Recipe) -> EarlyExitViT:
     if not isinstance(model, EarlyExitViT):
         raise ValueError(f"recipe {recipe.name}: expected an early_exit_vit, got {recipe.model!r}")
     return model
-
-
-def _read_checkpoint(output: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
-    file = output / CHECKPOINT_NAME
-    if not file.is_file():
-        return None
-    saved = _load(file)
-    if saved["recipe"] != described:
-        raise CheckpointError(
-            f"{file}: expected a run of this recipe, got one of {saved['recipe']['name']!r} with "
-            "other settings; choose another --output, or delete the folder"
-        )
-    return saved
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: expected a checkpoint, got: {error}") from error
-    if not isinstance(saved, dict) or "average" not in saved:
-        raise CheckpointError(f"{file}: expected a checkpoint of edgetrack train, got another file")
-    return saved

@@ -40,6 +40,12 @@ class Stage:
     clip_norm: float = 1.0
     ema_decay: float = 0.998
 
+    def __post_init__(self) -> None:
+        """Refuse a stage without steps."""
+        for name in ("samples", "batch_size", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
     @property
     def num_steps(self) -> int:
         """Steps of the stage."""

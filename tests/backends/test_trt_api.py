@@ -63,7 +63,9 @@ class Config:
     def __getattr__(self, name):
         signature = getattr(trt.IBuilderConfig, name).__doc__.splitlines()[0]
         def call(*arguments):
-            assert all(type(a).__name__ in signature for a in arguments), signature
+            assert signature.count(": ") == 1 + len(arguments), signature
+            enums = [a for a in arguments if not isinstance(a, int)]
+            assert all(type(a).__name__ in signature for a in enums), signature
             self.seen.append((name, arguments))
         return call
 config = Config()

@@ -108,10 +108,13 @@ def test_fps_is_frames_over_seconds_of_update_alone(sequence: Sequence) -> None:
     assert result.fps == pytest.approx(4 / result.seconds)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_box_that_is_not_finite_is_missed_and_kept(sequence: Sequence, bad: float) -> None:
-    answers = [tuple(b) for b in TRUTH[1:]]
-    answers[0] = (bad, 10, 20, 10)
+@pytest.mark.parametrize(
+    "bad", [(np.nan, 10, 20, 10), (np.inf, 10, 20, 10), (-np.inf, 10, np.inf, 10)]
+)
+def test_a_box_that_is_not_finite_is_missed_and_kept(
+    sequence: Sequence, bad: tuple[float, ...]
+) -> None:
+    answers = [bad, *(tuple(b) for b in TRUTH[2:])]
 
     result = evaluate_sequence(Scripted(answers), sequence)
 

@@ -183,6 +183,34 @@ def test_a_norm_of_large_features_does_not_overflow() -> None:
     np.testing.assert_allclose(got["tokens"], 1 / 8, rtol=1e-3)
 
 
+def test_a_norm_of_nothing_divides_to_zero() -> None:
+    nodes = [
+        helper.make_node("ReduceL2", ["tokens_in", "axis"], ["norm"], keepdims=1),
+        helper.make_node("Max", ["norm", "epsilon"], ["divisor"]),
+        helper.make_node("Div", ["tokens_in", "divisor"], ["tokens"]),
+    ]
+    weights = {"axis": np.array([1]), "epsilon": np.float32(1e-12)}
+    model = model_of(nodes, {"tokens_in": [1, 64]}, {"tokens": [1, 64]}, weights)
+
+    got = run(to_fp16(model), tokens_in=np.zeros((1, 64), np.float16))
+
+    np.testing.assert_array_equal(got["tokens"], 0)
+
+
+def test_what_reads_only_the_template_box_is_fp32() -> None:
+    nodes = [
+        helper.make_node("Mul", ["template_bbox_cxcywh", "size"], ["box_px"]),
+        helper.make_node("Add", ["tokens_in", "box_px"], ["tokens"]),
+    ]
+    inputs = {"template_bbox_cxcywh": [1, 4], "tokens_in": [1, 4]}
+    model = model_of(nodes, inputs, {"tokens": [1, 4]}, {"size": np.float32(384)})
+
+    types = types_of(to_fp16(model))
+
+    assert types["box_px"] == FLOAT
+    assert types["tokens"] == HALF
+
+
 def test_constant_nodes_are_cast() -> None:
     half = numpy_helper.from_array(np.float32(0.5))
     nodes = [

@@ -1,0 +1,79 @@
+"""Early-exit ViTs that are small enough to test with, and random weights that exercise them."""
+
+import torch
+from torch import Tensor, nn
+
+from edgetrack.models.early_exit_vit import EarlyExitViT, EarlyExitViTConfig
+
+# OSTrack's kind of trunk. Drop path is on, so that training draws random numbers.
+PATCH = EarlyExitViTConfig(
+    template_size_px=32,
+    search_size_px=64,
+    dim=32,
+    num_heads=2,
+    mlp_ratio=2.0,
+    exit_after=(1, 2),
+    bypass_dim=16,
+    bypass_heads=2,
+    head_channels=(16,),
+    shallow_head_channels=(16,),
+    drop_path=0.1,
+)
+# The kind of ``tiny``: pretrained stem, correlation prior, fine grid, one tower.
+PRIOR = EarlyExitViTConfig(
+    template_size_px=32,
+    search_size_px=64,
+    stem="shuffle",
+    correlation_dim=16,
+    dim=32,
+    num_heads=2,
+    mlp_ratio=2.0,
+    exit_after=(1, 2, 3),
+    bypass_dim=16,
+    bypass_heads=2,
+    head_channels=(16,),
+    shallow_head_channels=(16,),
+    num_towers=1,
+    head_upsample=2,
+    bin_size=1 / 26,
+)
+
+
+def make_model(config: EarlyExitViTConfig, *, seed: int = 0) -> EarlyExitViT:
+    """A model in eval mode that gives answers of every kind.
+
+    Fresh heads are as unsure as can be, everywhere, and fresh batch norms do nothing; here the
+    edges' distributions are sharp at some cells and flat at others, and norms count.
+    """
+    torch.manual_seed(seed)
+    model = EarlyExitViT(config).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, mean=1.0, std=0.2)
+            nn.init.normal_(module.bias, std=0.1)
+    for path in model.exits:
+        nn.init.normal_(path.head.cls.weight, std=0.3)
+        nn.init.normal_(path.head.edges.weight, std=1.0)
+    return model
+
+
+def make_inputs(config: EarlyExitViTConfig, *, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Random crops and template boxes, by name."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def image(side_px: int) -> Tensor:
+        shape = (batch, side_px, side_px, 3)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    centres = 0.4 + 0.2 * torch.rand(batch, 2, generator=generator)
+    sizes = 0.3 + 0.3 * torch.rand(batch, 2, generator=generator)
+    return {
+        "template": image(config.template_size_px),
+        "template_bbox_cxcywh": torch.cat([centres, sizes], 1),
+        "search_region": image(config.search_size_px),
+    }

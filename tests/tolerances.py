@@ -1,0 +1,14 @@
+"""The one table of tolerances: how far numbers may be from what they are compared with.
+
+A test takes its tolerance from here. It is never loosened for one test: what exceeds it is looked
+into.
+"""
+
+# Largest absolute difference of two backends at one graph and the same inputs, by the dtype that
+# the graph computes in.
+BETWEEN_BACKENDS = {
+    "float32": {"bbox_cxcywh": 1e-4, "score": 1e-4, "uncertainty": 1e-4, "tokens": 1e-3},
+}
+
+# Largest absolute difference of a function and a slow twin of it, or a closed form.
+FROM_TWIN = {"float32": 1e-5, "float64": 1e-12}

@@ -13,3 +13,12 @@ def data_pack() -> Path:
     if not DATA_PACK.is_dir():
         pytest.skip(f"needs the research data pack at {DATA_PACK}")
     return DATA_PACK
+
+
+@pytest.fixture(scope="session")
+def pretrained(data_pack: Path) -> Path:
+    """Pretrained stems and their reference, beside the data pack."""
+    folder = data_pack.parent / "pretrained"
+    if not folder.is_dir():
+        pytest.skip(f"needs the pretrained stems at {folder}")
+    return folder

@@ -19,7 +19,7 @@ class EagerBackend:
     """Run a bundle's ``weights.safetensors`` in torch, on the CPU, in FP32; it builds nothing."""
 
     name = "eager"
-    precisions = ("fp32",)
+    precisions: tuple[str, ...] = ("fp32",)
     engine_suffix = ""
 
     def __init__(self) -> None:

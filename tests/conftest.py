@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from edgetrack.bundle import Bundle
+
 DATA_PACK = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -22,3 +24,31 @@ def pretrained(data_pack: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the pretrained stems at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose answers the pixels decide (see ``toy_bundle``)."""
+    from toy_bundle import write_toy_bundle
+
+    return write_toy_bundle(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """An exported ``early_exit_vit-tiny`` with random weights; takes 15 s, so for slow tests."""
+    from small_models import export_random
+
+    from edgetrack.models.early_exit_vit import CONFIGS
+
+    folder = tmp_path_factory.mktemp("random") / "bundle"
+    return export_random(CONFIGS["tiny"], folder, name="early_exit_vit-tiny")
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """An exported ``small_models.PATCH`` with random weights."""
+    from small_models import PATCH, export_random
+
+    folder = tmp_path_factory.mktemp("small") / "bundle"
+    return export_random(PATCH, folder, name="early_exit_vit-small")

@@ -1,9 +1,15 @@
 """Early-exit ViTs that are small enough to test with, and random weights that exercise them."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
+from edgetrack.bundle import Bundle
+from edgetrack.export import export_bundle
 from edgetrack.models.early_exit_vit import EarlyExitViT, EarlyExitViTConfig
+
+torch.set_num_threads(1)  # layers as small as these are slower on several
 
 # OSTrack's kind of trunk. Drop path is on, so that training draws random numbers.
 PATCH = EarlyExitViTConfig(
@@ -77,3 +83,17 @@ def make_inputs(config: EarlyExitViTConfig, *, batch: int = 2, seed: int = 0) ->
         "template_bbox_cxcywh": torch.cat([centres, sizes], 1),
         "search_region": image(config.search_size_px),
     }
+
+
+def export_random(config: EarlyExitViTConfig, folder: Path, *, name: str) -> Bundle:
+    """A bundle of ``make_model``, with one operating point."""
+    thresholds = (0.5,) * (len(config.exit_after) - 1)
+    return export_bundle(
+        make_model(config),
+        folder,
+        name=name,
+        operating_points={"balanced": thresholds},
+        operating_point="balanced",
+        provenance={"data": "none", "samples": 0},
+        licence="none",
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
             f"{folder}: expected {CHECKPOINT_NAME}, got none; run: edgetrack train"
         )
     try:
-        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols, where the file is no checkpoint
+            saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         # Not torch's own words: they advise to switch its safety off.
         raise CheckpointError(

@@ -171,11 +171,12 @@ def fit(
         if saved is not None and saved["stage"] > number:
             continue
         run = _StageRun(recipe, stage, number, model, output, described)
+        sampler = sampler_of(recipe.seed + number, stage.num_steps * stage.batch_size)
         if saved is not None and saved["stage"] == number:
-            run.restore(saved)
+            run.restore(saved)  # last of all: what comes before may draw random numbers
         saved = None
         run.train(
-            sampler_of(recipe.seed + number, stage.num_steps * stage.batch_size),
+            sampler,
             num_workers=num_workers,
             checkpoint_every_s=checkpoint_every_s,
             report_every=report_every,

@@ -39,7 +39,8 @@ def decode_slowly(
     """Twin of ``decode_answer``: sample by sample, cell by cell, edge by edge, in float64."""
     grid = int(len(window) ** 0.5)
     answers = []
-    for logits, edges in zip(cls_logits.double().numpy(), edge_logits.double().numpy()):
+    samples = zip(cls_logits.double().numpy(), edge_logits.double().numpy(), strict=True)
+    for logits, edges in samples:
         scores = [1 / (1 + math.exp(-logit)) for logit in logits]
         best = 0
         for cell in range(len(scores)):

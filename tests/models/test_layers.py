@@ -17,15 +17,15 @@ def layer_norm_by_hand(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 def block_by_hand(block: Block, tokens: Tensor, *, num_heads: int) -> Tensor:
     """OSTrack's block, head by head and token by token."""
-    B, N, C = tokens.shape
-    width = C // num_heads
+    batch, count, dim = tokens.shape
+    width = dim // num_heads
     qkv = layer_norm_by_hand(tokens, block.norm1) @ block.attn.qkv.weight.T + block.attn.qkv.bias
-    mixed = torch.empty(B, N, C)
+    mixed = torch.empty(batch, count, dim)
     for head in range(num_heads):
         columns = slice(head * width, (head + 1) * width)
-        q, k, v = (qkv[..., C * part : C * part + C][..., columns] for part in range(3))
-        for sample in range(B):
-            for token in range(N):
+        q, k, v = (qkv[..., dim * part : dim * part + dim][..., columns] for part in range(3))
+        for sample in range(batch):
+            for token in range(count):
                 logits = (k[sample] @ q[sample, token]) * width**-0.5
                 weights = logits.exp() / logits.exp().sum()
                 mixed[sample, token, columns] = weights @ v[sample]

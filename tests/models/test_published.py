@@ -27,7 +27,7 @@ STEM_FILE = "shufflenetv2_x1_0_nanodet.npz"
 def ostrack_state_dict(
     *, dim: int, depth: int, template_tokens: int, search_tokens: int
 ) -> StateDict:
-    """Random weights under the names of a published OSTrack checkpoint, its CENTER head included."""
+    """Random weights under the names of a published OSTrack checkpoint, CENTER head included."""
     shapes: dict[str, tuple[int, ...]] = {
         "backbone.cls_token": (1, 1, dim),
         "backbone.pos_embed": (1, 197, dim),

@@ -1,5 +1,4 @@
 import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,7 @@ def test_families_are_listed_with_their_variants() -> None:
 
 @pytest.mark.parametrize("name", ["resnet-50", "early_exit_vit-huge", "early_exit_vit", ""])
 def test_an_unknown_model_is_refused(name: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"^model: expected one of .*early_exit_vit-tiny.*{name!r}"
-    ):
+    with pytest.raises(ValueError, match=f"^model: expected one of .*vit-tiny.*got {name!r}"):
         create_model(name)
 
 
@@ -75,9 +72,3 @@ def test_weights_of_another_configuration_are_named(bundle: Bundle) -> None:
 
     with pytest.raises(CheckpointError, match=r"(?s)norm\.bias.*norm\.weight"):
         load_model(bundle)
-
-
-def test_a_copied_bundle_loads_alike(bundle: Bundle, tmp_path: Path) -> None:
-    copy = shutil.copytree(bundle.path, tmp_path / "copy")
-
-    assert load_model(Bundle.load(copy)).config_dict == load_model(bundle).config_dict

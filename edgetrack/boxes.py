@@ -65,12 +65,14 @@ def clip_xywh(
     A box that leaves the frame keeps a strip inside it, ``margin_px`` wide or as wide as the box
     where that is less. Sizes are never negative.
     """
-    x1, y1, w, h = np.moveaxis(np.asarray(boxes_xywh), -1, 0)
-    x2, y2 = x1 + w, y1 + h
-    least_w, least_h = np.clip(w, 0, margin_px), np.clip(h, 0, margin_px)
-    x1, x2 = np.clip(x1, 0, width_px - least_w), np.clip(x2, least_w, width_px)
-    y1, y2 = np.clip(y1, 0, height_px - least_h), np.clip(y2, least_h, height_px)
-    return np.stack([x1, y1, np.maximum(x2 - x1, least_w), np.maximum(y2 - y1, least_h)], -1)
+    # Both axes at once, without np.clip: this runs once per tracked frame.
+    boxes = np.asarray(boxes_xywh)
+    low, size = boxes[..., :2], boxes[..., 2:]
+    frame = np.array([width_px, height_px], boxes.dtype)
+    least = np.minimum(np.maximum(size, 0), margin_px)
+    high = np.minimum(np.maximum(low + size, least), frame)
+    low = np.minimum(np.maximum(low, 0), frame - least)
+    return np.concatenate([low, np.maximum(high - low, least)], -1)
 
 
 def as_bbox_xywh(

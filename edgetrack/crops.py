@@ -58,8 +58,10 @@ class CropWindow:
 
     def to_frame(self, bbox_cxcywh: npt.NDArray[Any]) -> Float32Array:
         """Cxcywh normalised to the crop → frame pixels, xywh; boxes ``(..., 4)``."""
-        cx, cy, w, h = np.moveaxis(np.asarray(bbox_cxcywh, np.float32) * self.side_px, -1, 0)
-        return np.stack([cx - w / 2 + self.left_px, cy - h / 2 + self.top_px, w, h], -1)
+        boxes = np.asarray(bbox_cxcywh, np.float32) * np.float32(self.side_px)
+        boxes[..., :2] -= boxes[..., 2:] / 2
+        boxes[..., :2] += np.array([self.left_px, self.top_px], np.float32)
+        return boxes
 
 
 class Cropper:

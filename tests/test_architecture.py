@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "edgetrack"
 RANKS = {
     "__main__": 7,
     "cli": 6,
+    "__init__": 5,  # the face: only the command line may import it
     **dict.fromkeys(["train", "build", "evaluate", "bench", "doctor"], 5),
     **dict.fromkeys(["tracker", "parity"], 4),
     **dict.fromkeys(["runtime", "export", "quantize"], 3),
@@ -25,10 +26,13 @@ ALLOWED_SIDEWAYS = {
 HOMES = {
     "torch": ("models/", "train/", "export.py", "backends/eager.py"),
     "safetensors": ("models/", "export.py"),
-    "tensorrt": ("backends/__init__.py",),
-    "tensorrt_rtx": ("backends/__init__.py",),
+    "tensorrt": ("backends/trt.py",),
+    "tensorrt_rtx": ("backends/trt.py",),
+    "pycuda": ("backends/cuda.py", "runtime/frame_graph.py"),
+    "cuda": ("backends/cuda.py", "runtime/frame_graph.py"),
     "onnx": ("export.py", "quantize/"),
-    "onnxruntime": ("backends/ort.py", "backends/__init__.py"),
+    "onnx_graphsurgeon": ("export.py", "quantize/"),
+    "onnxruntime": ("backends/ort.py", "quantize/calibrate.py"),
     "cv2": (
         *("crops.py", "frames.py", "viz.py"),
         *("data/folder.py", "data/sprites.py", "data/synthetic.py"),  # pictures are their matter
@@ -39,10 +43,11 @@ HOMES = {
     "rich": ("cli/",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+IMPORTERS = ("import_module", "import_package", "__import__")
 
 
 def imports_of(path: Path) -> list[str]:
-    """All modules that a file imports, inside functions too, but not for type checking only."""
+    """All that a file imports, inside functions and by name too, but not for type checking only."""
     tree = ast.parse(path.read_text("utf-8"))
     typing_only = {
         id(inner)
@@ -58,8 +63,18 @@ def imports_of(path: Path) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.append(node.module or "")
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(IMPORTERS):
+            names += [a.value for a in node.args if isinstance(a, ast.Constant)]
     return names
+
+
+def unit_named(name: str, *, importer: str) -> str:
+    """The unit of this package that an imported name lies in; the importer's own for others."""
+    if name.split(".")[0] != "edgetrack":
+        return importer
+    unit = name.split(".")[1] if "." in name else "__init__"
+    return unit if unit in RANKS else "__init__"
 
 
 def unit_of(path: Path) -> str:
@@ -74,7 +89,7 @@ def test_imports_go_down(path: Path) -> None:
 
     wrong = []
     for name in imports_of(path):
-        target = name.split(".")[1] if name.startswith("edgetrack.") else unit
+        target = unit_named(name, importer=unit)
         is_down = target == unit or RANKS[target] < RANKS[unit]
         if not is_down and (unit, target) not in ALLOWED_SIDEWAYS:
             wrong.append(name)
@@ -96,4 +111,21 @@ def test_heavy_packages_live_in_their_homes(path: Path) -> None:
 
 
 def test_every_unit_has_a_layer() -> None:
-    assert {unit_of(p) for p in FILES} - {"__init__"} <= set(RANKS)
+    assert {unit_of(p) for p in FILES} <= set(RANKS)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("import torch.nn", ["torch.nn"]),
+        ("from edgetrack.bundle import Bundle", ["edgetrack.bundle.Bundle"]),
+        ("from edgetrack import tracker", ["edgetrack.tracker"]),
+        ("def f():\n    import cv2", ["cv2"]),
+        ("import importlib\nimportlib.import_module('onnx')", ["importlib", "onnx"]),
+        ("if TYPE_CHECKING:\n    import onnx", []),
+    ],
+)
+def test_every_way_to_import_is_seen(tmp_path: Path, line: str, found: list[str]) -> None:
+    (tmp_path / "module.py").write_text(line)
+
+    assert imports_of(tmp_path / "module.py") == found

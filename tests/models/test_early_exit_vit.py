@@ -138,6 +138,18 @@ def test_where_the_target_is_in_the_template_counts_with_a_prior(
     assert is_same != depends
 
 
+@torch.no_grad()
+def test_cells_under_the_targets_box_are_marked_and_count_four_times_as_much() -> None:
+    model, template = make_model(PRIOR), make_inputs(PRIOR, batch=1)["template"]
+
+    inside = model.embed_template(template, torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
+    outside = model.embed_template(template, torch.tensor([[5.0, 5.0, 1.0, 1.0]]))
+
+    marks = inside["template_tokens"] - outside["template_tokens"]
+    assert_close(marks, (model.box_embed[0] - model.box_embed[1]).expand_as(marks))
+    assert_close(inside["correlation_kernel"], 4 * outside["correlation_kernel"])
+
+
 def test_the_answer_depends_on_the_template(model: EarlyExitViT) -> None:
     inputs = make_inputs(model.config)
     other = {**inputs, "template": make_inputs(model.config, seed=1)["template"]}

@@ -250,6 +250,8 @@ def test_a_finished_run_is_not_trained_again(run: Run) -> None:
     assert_same_bits(weights_of(again), weights_of(first))
 
 
+# Python 3.12 and later warn of forks where any library runs threads; torch's loader forks.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_the_number_of_workers_does_not_change_a_run(run: Run, undisturbed: Run) -> None:
     model = run.fit(num_workers=1)
 

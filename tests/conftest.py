@@ -35,6 +35,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def shipped_bundle() -> Bundle:
+    """The bundle that ships."""
+    return Bundle.load()
+
+
+@pytest.fixture(scope="session")
 def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """An exported ``early_exit_vit-tiny`` with random weights; takes 15 s, so for slow tests."""
     from small_models import export_random

@@ -139,6 +139,8 @@ def test_a_user_s_box_is_taken_unchanged_as_float32() -> None:
         (None, "four .*numbers"),
         ((1, 2, 0, 3), "positive width and height .* got 0 x 3"),
         ((1, 2, 3, -4), "positive width and height .* got 3 x -4"),
+        ((0, 0, 81, 4), "at most twice as large as the 40x30 frame, got 81 x 4"),
+        ((0, 0, 4, 1e30), "at most twice as large as the 40x30 frame"),
         ((40, 2, 3, 4), "overlaps the 40x30 frame"),
         ((1, 30, 3, 4), "overlaps the 40x30 frame"),
         ((-3, 2, 3, 4), "overlaps the 40x30 frame"),

@@ -313,8 +313,8 @@ ANSWER = [
         ),
         (put("segments", 2, "outputs", value=ANSWER[:2]), "segment_2: .*'uncertainty'.*got None"),
         (
-            put("segments", 2, "outputs", value=[*ANSWER[:2], {**ANSWER[2], "dtype": "float16"}]),
-            "segment_2: expected output .*'uncertainty'.*float32.*got .*float16",
+            put("segments", 0, "outputs", 3, "dtype", value="float16"),
+            "segment_0: expected output .*'uncertainty'.*float32.*got .*float16",
         ),
         (
             put("segments", 1, "outputs", 0, "name", value="tokens_0"),

@@ -17,7 +17,7 @@ from edgetrack.runtime.policies import ExitPolicy
 
 BUNDLES = pytest.mark.parametrize(
     "bundle",
-    ["small_bundle", pytest.param("random_bundle", marks=pytest.mark.slow)],
+    ["small_bundle", "shipped_bundle", pytest.param("random_bundle", marks=pytest.mark.slow)],
     indirect=True,
 )
 

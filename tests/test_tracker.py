@@ -21,6 +21,7 @@ from edgetrack.errors import (
     BundleError,
     BundleTamperedError,
     EngineBuildError,
+    EngineError,
     FrameSizeError,
     TrackerStateError,
 )
@@ -490,25 +491,42 @@ def test_a_wrong_option_is_named(
         Tracker(toy, **options)
 
 
-def test_engines_before_one_that_fails_are_closed(
-    toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All engines that trackers open during a test."""
+
     class Watched(OnnxRuntimeBackend):
         def load_onnx(self, onnx_path: Path, graph: GraphSpec) -> Any:
-            engine = super().load_onnx(onnx_path, graph)
-            opened.append(engine)
-            return engine
+            engines.append(super().load_onnx(onnx_path, graph))
+            return engines[-1]
 
-    opened: list[Any] = []
+    engines: list[Any] = []
+    monkeypatch.setattr("edgetrack.tracker.get_backend", lambda *_, **__: Watched())
+    return engines
+
+
+def assert_closed(engines: list[Any]) -> None:
+    for engine in engines:
+        with pytest.raises(EngineError, match="got a closed one"):
+            engine.bind({})
+
+
+def test_closing_frees_every_engine(toy: Bundle, opened: list[Any]) -> None:
+    Tracker(toy).close()
+
+    assert len(opened) == 4
+    assert_closed(opened)
+
+
+def test_engines_before_one_that_fails_are_freed(
+    toy: Bundle, tmp_path: Path, opened: list[Any]
+) -> None:
     folder = shutil.copytree(toy.path, tmp_path / "bundle")
     (folder / "segment_2.onnx").write_bytes(b"no graph")
     bundle = Bundle.load(folder, verify=False)
-    monkeypatch.setattr("edgetrack.tracker.get_backend", lambda *_, **__: Watched())
 
     with pytest.raises(EngineBuildError, match=r"segment_2\.onnx"):
         Tracker(bundle)
 
     assert len(opened) == 3
-    for engine in opened:
-        with pytest.raises(Exception, match="closed"):
-            engine.bind({})
+    assert_closed(opened)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from edgetrack.models.early_exit_vit import CONFIGS, EarlyExitViT, EarlyExitViTConfig, create
+from edgetrack.models.heads import decode_answer, search_grid
 from edgetrack.models.registry import create_model
 from edgetrack.models.segmented import State
 from edgetrack.train.losses import LossWeights, tracking_loss
@@ -71,6 +72,40 @@ def test_answers_have_the_contracts_shapes_and_ranges(model: EarlyExitViT) -> No
         for name in ("score", "uncertainty"):
             assert ((answer[name] >= 0) & (answer[name] <= 1)).all()
         assert (answer["bbox_cxcywh"][:, 2:] >= 0).all()
+
+
+@torch.no_grad()
+def test_an_answer_is_the_decoded_maps_of_its_exit(model: EarlyExitViT) -> None:
+    inputs = make_inputs(model.config)
+    state = model.embed_template(inputs["template"], inputs["template_bbox_cxcywh"])
+    state["search_region"] = inputs["search_region"]
+
+    for index in range(model.num_exits):
+        state |= model.run_trunk(index, state)
+        answer = model.run_segment(index, state)
+
+        maps = model.exit_logits(index, state)
+        window, bin_size = model.window, model.config.bin_size
+        expected = decode_answer(*maps, window=window, bin_size=bin_size)
+        assert_same_bits([answer], [expected])
+
+
+@torch.no_grad()
+def test_the_last_exit_uses_the_trunks_own_norm_and_others_their_own() -> None:
+    model = make_model(PATCH)
+    tokens = torch.randn(2, 4 + 16, PATCH.dim)
+
+    shallow = model.exit_logits(0, {"tokens_0": tokens})
+    last = model.exit_logits(1, {"tokens_1": tokens})
+
+    own = model.exits[0].bypass(model.exits[0].norm(tokens))
+    final = search_grid(model.backbone.norm(tokens), grid=4)
+    for maps, path, features in (
+        (shallow, model.exits[0], own),
+        (last, model.exits[1], final),
+    ):
+        for got, expected in zip(maps, path.head(features), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_a_segment_does_not_write_to_what_it_reads(model: EarlyExitViT) -> None:

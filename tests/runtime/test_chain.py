@@ -128,7 +128,7 @@ def test_the_answer_is_of_the_exit_that_was_taken(toy: Bundle, exit_index: int) 
     assert chain.buffers["uncertainty"][0] == pytest.approx(0.2, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["toy", "small_bundle"])
+@pytest.mark.parametrize("name", ["toy", "small_bundle", "shipped_bundle"])
 def test_a_threshold_of_zero_gives_the_last_heads_answer_bit_for_bit(
     name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -169,7 +169,13 @@ def mean_depths(bundle: Bundle) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["toy", "small_bundle", pytest.param("random_bundle", marks=pytest.mark.slow)]
+    "name",
+    [
+        "toy",
+        "small_bundle",
+        "shipped_bundle",
+        pytest.param("random_bundle", marks=pytest.mark.slow),
+    ],
 )
 def test_on_recorded_crops_depth_falls_as_the_threshold_rises(
     name: str, request: pytest.FixtureRequest

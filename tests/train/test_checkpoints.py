@@ -1,4 +1,5 @@
 import io
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ def zip_bytes() -> bytes:
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("a.txt", "text")
     return stream.getvalue()
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -95,3 +106,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes)
         read_checkpoint(tmp_path)
 
     assert "weights_only" not in str(caught.value)  # torch's advice is to read it unsafely
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    content = saved_bytes(content_of(optimizer=Malicious(tmp_path / "made")))
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+
+    with pytest.raises(CheckpointError, match="damaged or foreign file"):
+        read_checkpoint(tmp_path)
+
+    assert not (tmp_path / "made").exists()

@@ -358,6 +358,7 @@ def test_a_student_equal_to_its_teacher_has_no_score_to_learn() -> None:
 def test_losses_are_computed_in_float32_under_autocast() -> None:
     cls_logits, edge_logits = random_maps()
 
-    loss = task_loss((cls_logits.bfloat16(), edge_logits.bfloat16()))
+    halves = (cls_logits.bfloat16(), edge_logits.bfloat16())
 
-    assert loss.dtype == torch.float32
+    for loss in (task_loss, lambda maps: distil(maps, halves)):
+        assert torch.equal(loss(halves), loss((halves[0].float(), halves[1].float())))

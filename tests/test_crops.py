@@ -165,3 +165,24 @@ def test_rgb_of_each_kind_of_frame() -> None:
     assert_array_equal(to_rgb(np.dstack([bgr, bgr[..., :1]])), bgr[..., ::-1])
     assert_array_equal(to_rgb(bgr[..., 0]), np.stack([bgr[..., 0]] * 3, -1))
     assert_array_equal(to_rgb(bgr[..., :1]), np.stack([bgr[..., 0]] * 3, -1))
+
+
+@pytest.mark.parametrize("channels", [(), (3,), (4,)])
+def test_a_huge_window_is_cut_as_a_padded_copy_would_be_without_making_one(
+    channels: tuple[int, ...],
+) -> None:
+    rng = np.random.default_rng(3)
+    coarse = rng.integers(0, 256, (9, 12, *channels), dtype=np.uint8)
+    frame = cv2.resize(coarse, (1200, 900), interpolation=cv2.INTER_CUBIC)
+    window = CropWindow(-700, -500, 2600)
+    cropper, crop = Cropper(128), np.zeros((128, 128, 3), np.uint8)
+    padded = np.zeros((2600, 2600, *channels), np.uint8)
+    padded[500:1400, 700:1900] = frame
+    expected = to_rgb(cv2.resize(padded, (128, 128), interpolation=cv2.INTER_LINEAR))
+
+    cropper.crop(frame, window, out=crop)
+
+    inside = np.zeros((128, 128), bool)
+    inside[26:68, 36:92] = True
+    assert np.abs(crop.astype(int) - expected)[inside].max() <= 2
+    assert cropper._padded.size == 0

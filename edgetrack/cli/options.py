@@ -171,7 +171,13 @@ def milliseconds(value: float) -> str:
 def progress_bar(*, is_shown: bool = True) -> Iterator["Progress"]:
     """A progress bar on the error stream, so that results can be piped."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     with Progress(
         TextColumn("{task.description}"),

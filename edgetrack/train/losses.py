@@ -27,10 +27,13 @@ __all__ = [
     "tracking_loss",
 ]
 
+# Score maps are summed as if they had 8 x 8 cells: a finer grid does not weigh more.
+_REFERENCE_CELLS = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the terms; the defaults are GFL's and OSTrack's.
+    """Weights of the terms; the defaults are GFL's and OSTrack's, of distillation our own.
 
     Attributes:
         score: Quality Focal Loss.
@@ -47,7 +50,7 @@ class LossWeights:
     l1: float = 5.0
     dfl: float = 0.25
     distil_edges: float = 1.0
-    distil_score: float = 1.0
+    distil_score: float = 0.25
     temperature: float = 1.0
 
 
@@ -156,7 +159,7 @@ def tracking_loss(
     quality = mask * central * (0.4 + 0.6 * iou.detach().clamp(0, 1))
     distance_bins = sides * (true_xyxy - corners) / bin_size
     terms = {
-        "score": quality_focal_loss(cls_logits, quality).sum(1) * (64 / grid**2),
+        "score": quality_focal_loss(cls_logits, quality).sum(1) * (_REFERENCE_CELLS / grid**2),
         "giou": (share * (1 - generalised)).sum(1),
         "l1": (share * (predicted_xyxy - true_xyxy).abs().mean(-1)).sum(1),
         "dfl": (share * distribution_focal_loss(edge_logits, distance_bins).mean(-1)).sum(1),
@@ -200,5 +203,5 @@ def distillation_loss(
         cls_logits.float(), teacher_cls_logits.float().sigmoid(), reduction="none"
     )
     edges = (share * kl).sum(1).mean()
-    score = bce.sum(1).mean() * (64 / grid**2)
-    return weights.distil_edges * edges + 0.25 * weights.distil_score * score
+    score = bce.sum(1).mean() * (_REFERENCE_CELLS / grid**2)
+    return weights.distil_edges * edges + weights.distil_score * score

@@ -1,7 +1,7 @@
 """A recipe on a training folder: decode it, render clips, join the processes, train.
 
-Beside what the loop keeps, a run's folder gets ``provenance.json`` (what the weights come from, for the
-bundle's manifest) and ``training.png``.
+Beside what the loop keeps, a run's folder gets ``provenance.json`` (what the weights come from, for
+the bundle's manifest) and ``training.png``.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def run_recipe(
     crops = create_model(recipe.model).crops
     pack = read_training_pack(data)
     clips = [_render(_FIRST_CLIP_SEED + k) for k in range(recipe.num_synthetic_clips)]
-    if is_first:
+    if is_first and not (output / PROVENANCE_NAME).is_file():
         _write_provenance(recipe, data, output, stem)
 
     def sampler_of(seed: int, num_pairs: int) -> PairSampler:
@@ -81,6 +81,9 @@ def run_recipe(
         )
 
     def initial(model: EarlyExitViT) -> None:
+        if stem is not None and not hasattr(model.backbone, "stem"):
+            raise ValueError(f"stem: expected none for {recipe.model}, whose stem is patches; "
+                             f"got {stem}")  # fmt: skip
         if stem is not None:
             load_shuffle_stem(model.backbone.stem, stem)
 

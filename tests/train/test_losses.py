@@ -164,9 +164,7 @@ def distil_slowly(maps: Maps, teacher: Maps, temperature: float) -> Tensor:
                 edges = edges + IS_PRESENT[b] * share * divergence / 4
             target = torch.sigmoid(teacher[0][b, i].detach())
             score = score + bce_slowly(maps[0][b, i], target)
-        samples.append(
-            WEIGHTS.distil_edges * edges + 0.25 * WEIGHTS.distil_score * score * 64 / GRID**2
-        )
+        samples.append(WEIGHTS.distil_edges * edges + WEIGHTS.distil_score * score * 64 / GRID**2)
     return torch.stack(samples).mean()
 
 

@@ -37,12 +37,15 @@ def main() -> None:
     path = Path(__file__).parent / "results" / "trt_build-portable-tensorrt_rtx-fp16.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    print("model                 graph        build s  size MB  kernels  fused MHA  FP32 GEMMs")
+    print(
+        "model                 graph        build s  size MB  kernels  fused MHA  products  in FP32"
+    )
     for name, rows in models.items():
         for graph, row in rows.items():
             print(
                 f"{name:21s} {graph:12s} {row['build_s']:7.2f} {row['size_mb']:8.2f} "
-                f"{row['kernels']:8d} {row['fused_attentions']:10d} {row['float_gemms']:11d}"
+                f"{row['kernels']:8d} {row['fused_attentions']:10d} {row['products']:9d} "
+                f"{row['float_products']:8d}"
             )
 
 
@@ -55,10 +58,9 @@ def build_rows(bundle: edgetrack.Bundle, output: Path) -> dict[str, dict[str, An
             "build_s": graph.build_s,
             "size_mb": graph.size_bytes / 1e6,
             "kernels": len(table),
-            "fused_attentions": sum("_mha_" in row.name for row in table),
-            "float_gemms": sum(
-                row.precision == "Float" and "gemm" in row.type.lower() for row in table
-            ),
+            "fused_attentions": sum(row.is_attention for row in table),
+            "products": sum(row.is_product for row in table),
+            "float_products": sum(row.is_product and row.precision == "Float" for row in table),
         }
     return rows
 

@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = ["LayerRow", "layer_table", "make_log", "read_layer_table", "write_layer_table"]
 
+_PRODUCT_TYPES = frozenset({"gemm", "runtime_fusion", "correlation", "conv"})
 _FIRST_LINE = "Layers:"
 _END = "I/O Tensors:"
 
@@ -22,8 +23,9 @@ class LayerRow:
     """One kernel of an engine.
 
     Attributes:
-        name: TensorRT's name; a fused attention has ``_mha_`` in it.
-        type: Kind of kernel: ``gemm``, ``kgen`` (generated), ``conv`` …
+        name: TensorRT's name.
+        type: Kind of kernel: ``gemm``, ``runtime_fusion`` (a GEMM with what follows it),
+            ``correlation`` (a convolution), ``kgen`` (generated) …
         precision: Type of its first input, in which a GEMM multiplies: ``Half``, ``Float`` …
         tactic: The implementation chosen.
         onnx_nodes: The ONNX nodes that it computes.
@@ -34,6 +36,16 @@ class LayerRow:
     precision: str
     tactic: str
     onnx_nodes: tuple[str, ...]
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it computes a whole attention, both products and the softmax."""
+        return "_mha_" in self.name
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies matrices: GEMMs, convolutions, fused attention."""
+        return self.type in _PRODUCT_TYPES or "_gemm_" in self.name or "_myl_Fc" in self.name
 
 
 def layer_table(log_lines: Iterable[str]) -> tuple[LayerRow, ...]:

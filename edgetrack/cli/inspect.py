@@ -98,17 +98,32 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
 
 def _inspect_engines(path: Path, *, as_json: bool) -> None:
     from edgetrack.backends.engine import EngineSet
+    from edgetrack.backends.layer_table import read_layer_table
 
     engines = EngineSet.read(path)
     engines.verify(engines.key)
+    tables = {n: read_layer_table(path / g.file) for n, g in engines.graphs.items()}
     if as_json:
-        graphs = {name: vars(graph) for name, graph in engines.graphs.items()}
-        print_json({"path": str(path), "key": vars(engines.key), "built_at": engines.built_at,
-                    "graphs": graphs})  # fmt: skip
+        graphs = {
+            name: {**vars(graph), "kernels": [vars(row) for row in tables[name]]}
+            for name, graph in engines.graphs.items()
+        }
+        key = vars(engines.key)
+        print_json({"path": str(path), "key": key, "built_at": engines.built_at, "graphs": graphs})
         return
-    rows = [(n, f"{g.size_bytes / 1e6:.2f} MB", f"{g.build_s:.2f} s", g.sha256[:12])
-            for n, g in engines.graphs.items()]  # fmt: skip
-    print_table(str(path), ("engine", "size", "build", "SHA-256"), rows)
+    rows = [
+        (
+            name,
+            f"{graph.size_bytes / 1e6:.2f} MB",
+            f"{graph.build_s:.2f} s",
+            len(tables[name]) or "",
+            sum(row.is_attention for row in tables[name]) or "",
+            graph.sha256[:12],
+        )
+        for name, graph in engines.graphs.items()
+    ]
+    columns = ("engine", "size", "build", "kernels", "fused attentions", "SHA-256")
+    print_table(str(path), columns, rows)
     for name, value in vars(engines.key).items():
         typer.echo(f"{name}: {value}")
     typer.echo(f"built_at: {engines.built_at}")

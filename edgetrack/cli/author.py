@@ -120,4 +120,10 @@ def _relaunch(processes: int) -> Any:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", str(processes), "-m", "edgetrack", *sys.argv[1:]]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+    with subprocess.Popen(command, env=environment) as running:
+        try:
+            code = running.wait()
+        except KeyboardInterrupt:
+            running.wait()  # the processes got it too, and keep a checkpoint before they end
+            code = 130
+    raise typer.Exit(code)

@@ -93,12 +93,14 @@ def as_bbox_xywh(
             over twice the frame's, or it lies outside the frame.
     """
     try:
-        box = np.array(bbox, dtype=np.float32)
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            box = np.array(bbox, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"bbox: expected four numbers x, y, w, h, got {bbox!r}") from None
     if box.shape != (4,) or not np.isfinite(box).all():
         raise ValueError(
-            f"bbox: expected four finite numbers x, y, w, h, got {np.asarray(bbox).tolist()!r}"
+            "bbox: expected four finite numbers x, y, w, h (float32), got "
+            f"{np.asarray(bbox).tolist()!r}"
         )
     x, y, w, h = box.tolist()
     if w <= 0 or h <= 0:

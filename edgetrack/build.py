@@ -87,12 +87,12 @@ def build(
         precision = "fp16" if "fp16" in compiler.precisions else "fp32"
     key = compiler.key(model=source.name, bundle_digest=source.digest, precision=precision)
     root = Path(output)
-    if not force and (found := _up_to_date(root, key)):
+    if not force and (found := _up_to_date(source, root, key)):
         return found
     source.verify()
     needed_bytes = _needed_bytes(source)
     with _explained(root, needed_bytes), _alone_in(root):
-        if not force and (found := _up_to_date(root, key)):  # by a build that we waited for
+        if not force and (found := _up_to_date(source, root, key)):  # by a build that we waited for
             return found
         _remove_dead_builds(root)
         if shutil.disk_usage(root).free < needed_bytes:
@@ -100,10 +100,10 @@ def build(
         return _build_all(source, compiler, key, root / key.folder_name, on_progress)
 
 
-def _up_to_date(root: Path, key: EngineKey) -> EngineSet | None:
+def _up_to_date(bundle: Bundle, root: Path, key: EngineKey) -> EngineSet | None:
     """Engines with this key; changed or damaged ones count as none, so they are built again."""
     try:
-        return find_engines(root, key)
+        return find_engines(root, key, graphs=[graph.name for graph in bundle.graphs])
     except EngineMismatchError:
         return None
 

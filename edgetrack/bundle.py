@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,13 @@ MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
 _ANSWER_SHAPES = {"bbox_cxcywh": (1, 4), "score": (1,), "uncertainty": (1,)}
 ANSWER_NAMES = tuple(_ANSWER_SHAPES)
+_KIND_NAMES: Mapping[type, str] = {
+    dict: "an object",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    str: "a text",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,10 +281,10 @@ def _from_manifest(folder: Path, manifest: Any) -> Bundle:
     if not isinstance(manifest, dict):
         raise BundleFormatError(f"{where}: expected a JSON object, got {type(manifest).__name__}")
     version = manifest.get("format_version")
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BundleFormatError(
-            f"{where}: expected a whole number under 'format_version', got {version!r}; "
-            "export the bundle again"
+            f"{where}: expected a whole number under 'format_version', from 1 on, got "
+            f"{reprlib.repr(version)}; export the bundle again"
         )
     if version > FORMAT_VERSION:
         raise BundleFormatError(
@@ -284,56 +292,117 @@ def _from_manifest(folder: Path, manifest: Any) -> Bundle:
             "update edgetrack: pip install --upgrade edgetrack"
         )
     try:
-        bundle = Bundle(
-            path=folder,
-            name=manifest["name"],
-            family=manifest["family"],
-            paper=manifest["paper"],
-            config=manifest["config"],
-            crops=CropSpec(**manifest["crops"]),
-            template=_graph(manifest["template"]),
-            segments=tuple(_graph(s) for s in manifest["segments"]),
-            operating_points={k: tuple(v) for k, v in manifest["operating_points"].items()},
-            operating_point=manifest["operating_point"],
-            provenance=manifest["provenance"],
-            licence=manifest["licence"],
-            files=dict(manifest["files"]),
-        )
-        _check(bundle)
+        bundle = _parsed(folder, manifest)
     except KeyError as error:
         raise BundleFormatError(
             f"{where}: expected the key {error.args[0]!r}, got none; export the bundle again"
         ) from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise BundleFormatError(f"{where}: expected a valid manifest, got: {error}") from error
+    except ValueError as error:
+        raise BundleFormatError(f"{where}: {error}; export the bundle again") from error
+    _check(bundle)
     return bundle
+
+
+def _parsed(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
+    """The bundle that a manifest describes.
+
+    Raises:
+        KeyError: A key is missing.
+        ValueError: A value is of another kind; the message says which.
+    """
+    points = _get(manifest, "operating_points", dict)
+    return Bundle(
+        path=folder,
+        name=_get(manifest, "name", str),
+        family=_get(manifest, "family", str),
+        paper=_get(manifest, "paper", str),
+        config=_get(manifest, "config", dict),
+        crops=_crops(_get(manifest, "crops", dict)),
+        template=_graph(_get(manifest, "template", dict)),
+        segments=tuple(_graph(s) for s in _all(_get(manifest, "segments", list), dict, "segments")),
+        operating_points={
+            k: tuple(_all(_typed(v, list, f"operating point {k!r}"), float, f"thresholds of {k!r}"))
+            for k, v in points.items()
+        },
+        operating_point=_get(manifest, "operating_point", str),
+        provenance=_get(manifest, "provenance", dict),
+        licence=_get(manifest, "licence", str),
+        files={
+            k: _typed(v, str, f"hash of {k!r}") for k, v in _get(manifest, "files", dict).items()
+        },
+    )
+
+
+def _crops(entry: Mapping[str, Any]) -> CropSpec:
+    names = [field.name for field in dataclasses.fields(CropSpec)]
+    if extra := sorted(entry.keys() - names):
+        raise ValueError(f"crops: expected the keys {names}, got {extra} besides")
+    return CropSpec(
+        template_size_px=_get(entry, "template_size_px", int),
+        template_factor=_get(entry, "template_factor", float),
+        search_size_px=_get(entry, "search_size_px", int),
+        search_factor=_get(entry, "search_factor", float),
+    )
 
 
 def _graph(entry: Mapping[str, Any]) -> GraphSpec:
     return GraphSpec(
-        name=entry["name"],
-        file=entry["file"],
-        inputs=_tensors(entry["inputs"]),
-        outputs=_tensors(entry["outputs"]),
-        macs=entry["macs"],
+        name=_get(entry, "name", str),
+        file=_get(entry, "file", str),
+        inputs=_tensors(_get(entry, "inputs", list)),
+        outputs=_tensors(_get(entry, "outputs", list)),
+        macs=_get(entry, "macs", int),
     )
 
 
-def _tensors(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+def _tensors(entries: Sequence[Any]) -> tuple[TensorSpec, ...]:
     return tuple(
-        TensorSpec(name=e["name"], dtype=e["dtype"], shape=tuple(e["shape"])) for e in entries
+        TensorSpec(
+            name=_get(entry, "name", str),
+            dtype=_get(entry, "dtype", str),
+            shape=tuple(_all(_get(entry, "shape", list), int, "shape")),
+        )
+        for entry in _all(entries, dict, "tensors")
     )
+
+
+def _get(entry: Mapping[str, Any], key: str, kind: type) -> Any:
+    return _typed(entry[key], kind, f"{key!r}")
+
+
+def _all(values: Sequence[Any], kind: type, what: str) -> list[Any]:
+    return [_typed(value, kind, what) for value in values]
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    """A value of the manifest, refused if it is of another kind; ``true`` is no number."""
+    is_kind = isinstance(value, (int, float) if kind is float else kind)
+    if not is_kind or isinstance(value, bool):
+        raise ValueError(f"{what}: expected {_KIND_NAMES[kind]}, got {reprlib.repr(value)}")
+    return value
 
 
 def _check(bundle: Bundle) -> None:
     """Refuse a bundle whose parts do not fit together."""
     problems = itertools.chain(
-        _file_problems(bundle), _dataflow_problems(bundle), _threshold_problems(bundle)
+        _value_problems(bundle),
+        _file_problems(bundle),
+        _dataflow_problems(bundle),
+        _threshold_problems(bundle),
     )
     for problem in problems:
         raise BundleFormatError(
             f"{bundle.path / MANIFEST_NAME}: {problem}; export the bundle again"
         )
+
+
+def _value_problems(bundle: Bundle) -> Iterator[str]:
+    """The name becomes part of file names; shares of the work are counted in MACs."""
+    if bundle.name in ("", ".", "..") or "/" in bundle.name or "\\" in bundle.name:
+        yield f"'name': expected a name without path separators, got {bundle.name!r}"
+    for graph in bundle.graphs:  # a graph without products has none
+        if graph.macs < 0:
+            yield f"{graph.name}: expected 'macs' of at least 0, got {graph.macs}"
 
 
 def _file_problems(bundle: Bundle) -> Iterator[str]:

@@ -24,7 +24,7 @@ except ImportError as error:
 __all__ = ["FrameSource", "VideoSink", "image_paths", "read_frames", "read_image"]
 
 Frame = npt.NDArray[np.uint8]
-Source = str | os.PathLike[str] | int
+Source = str | bytes | os.PathLike[str] | int
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -33,10 +33,16 @@ IMAGE_SUFFIXES = frozenset(
 # a few frames too many, and more where the sound outlasts the pictures.
 MISSING_FRAMES_ALLOWED = 2
 MISSING_FRACTION_ALLOWED = 0.05
+# From 100 on, OpenCV takes a camera number for a number plus the code of a video interface.
+LAST_CAMERA = 99
+_CAMERA_DEVICE = re.compile(r"/dev/video\d+")
 _CAMERA_HINT = "check that it is plugged in and readable, and that no other program uses it"
 _GSTREAMER_HINT = (
     "check the pipeline with gst-launch-1.0, and with edgetrack doctor that OpenCV has GStreamer: "
     "on a Jetson use the system's own, in a venv made with --system-site-packages"
+)
+_STREAM_HINT = (
+    "check the address, the name and password in it, the network, and that it is streaming"
 )
 _VIDEO_HINT = (
     "it is empty, no video, or cut off (an mp4 without its end has no index); re-encode it"
@@ -48,8 +54,8 @@ def read_frames(source: Source) -> "FrameSource":
 
     Args:
         source: A video file, a folder of pictures (sorted naturally: 2 before 10), a camera
-            number (``0`` or ``"0"``), a stream's URL, or a GStreamer pipeline that ends in
-            ``appsink``.
+            number from 0 to 99 (``0`` or ``"0"``), a stream's URL, or a GStreamer pipeline that
+            ends in ``appsink``.
 
     Returns:
         An iterator of frames, ``(H, W, 3)`` uint8 BGR, each its own memory; also a context
@@ -94,7 +100,7 @@ class FrameSource:
     """
 
     def __init__(self, source: Source) -> None:
-        self._name = str(source)
+        self._name = str(source) if isinstance(source, int) else os.fsdecode(source)
         self._reader = _open(source)
         self.fps = self._reader.fps
         self.num_frames = self._reader.num_frames
@@ -177,12 +183,18 @@ class _FolderReader:
 class _VideoReader:
     """A video file, camera or stream through ``cv2.VideoCapture``."""
 
-    def __init__(self, source: str | int, *, api: int = cv2.CAP_ANY, is_camera: bool) -> None:
+    def __init__(
+        self,
+        source: str | int,
+        *,
+        api: int = cv2.CAP_ANY,
+        hint: str = _VIDEO_HINT,
+        is_camera: bool = False,
+    ) -> None:
         self._name = f"camera {source}" if is_camera else str(source)
         self._is_camera = is_camera
         self._capture = cv2.VideoCapture(source, api)
         if not self._capture.isOpened():
-            hint = _CAMERA_HINT if is_camera else _GSTREAMER_HINT if api else _VIDEO_HINT
             raise SourceError(f"{self._name}: expected to open it, got a refusal; {hint}")
         fps = float(self._capture.get(cv2.CAP_PROP_FPS))
         count = float(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -226,14 +238,35 @@ class _VideoReader:
 
 def _open(source: Source) -> _FolderReader | _VideoReader:
     if isinstance(source, int):
-        return _VideoReader(source, is_camera=True)
-    text = os.fspath(source)
-    if text.isdecimal():
-        return _VideoReader(int(text), is_camera=True)
+        return _camera(source)
+    text = os.fsdecode(source)
+    if text.removeprefix("-").isdecimal():
+        return _camera(text)
     if "://" in text:
-        return _VideoReader(text, is_camera=False)
+        is_file = text.startswith("file:")
+        return _VideoReader(text, hint=_VIDEO_HINT if is_file else _STREAM_HINT)
     if " ! " in text:
-        return _VideoReader(text, api=cv2.CAP_GSTREAMER, is_camera=False)
+        return _VideoReader(text, api=cv2.CAP_GSTREAMER, hint=_GSTREAMER_HINT)
+    return _open_path(text)
+
+
+def _camera(source: int | str) -> _VideoReader:
+    """A camera by its number; OpenCV crashes at some that cannot be one."""
+    digits = str(source).lstrip("0") or "0"
+    if isinstance(source, bool) or not digits.isdecimal() or len(digits) > len(str(LAST_CAMERA)):
+        raise SourceError(
+            f"camera {source}: expected a camera number from 0 to {LAST_CAMERA}, got {source}; "
+            "list the cameras with: ls /dev/video*"
+        )
+    return _VideoReader(int(digits), hint=_CAMERA_HINT, is_camera=True)
+
+
+def _open_path(text: str) -> _FolderReader | _VideoReader:
+    if not text:
+        raise SourceError(
+            "source: expected a video file, a folder of pictures, a camera number, a URL or a "
+            "GStreamer pipeline, got an empty text; name one"
+        )
     path = Path(text)
     if path.is_dir():
         return _FolderReader(path)
@@ -246,7 +279,14 @@ def _open(source: Source) -> _FolderReader | _VideoReader:
         raise SourceError(
             f"{text}: expected a video or a folder of pictures, got one picture; name its folder"
         )
-    return _VideoReader(text, is_camera=path.is_char_device())
+    if not path.is_char_device():
+        return _VideoReader(text)
+    if not _CAMERA_DEVICE.fullmatch(str(path.resolve())):
+        raise SourceError(
+            f"{text}: expected a video, a folder of pictures or a camera (/dev/video*), got "
+            "another device; check the path"
+        )
+    return _VideoReader(text, hint=_CAMERA_HINT, is_camera=True)
 
 
 def _natural_key(path: Path) -> list[tuple[bool, int, str]]:
@@ -274,6 +314,8 @@ class VideoSink:
     def __init__(self, path: str | os.PathLike[str], *, fps: float, size: tuple[int, int]) -> None:
         self.path = Path(path)
         self.size = size
+        if not os.fspath(path):
+            raise ValueError("path: expected a name that ends in .mp4, got an empty one; name it")
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"{path}: expected a name that ends in .mp4; rename it")
         if not (math.isfinite(fps) and fps > 0):

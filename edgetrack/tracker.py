@@ -133,6 +133,10 @@ class Tracker:
 
     @exit_policy.setter
     def exit_policy(self, policy: ExitPolicy) -> None:
+        if not isinstance(policy, ExitPolicy):
+            raise TypeError(
+                f"exit_policy: expected an ExitPolicy, got {policy!r}; see edgetrack.ExitPolicy"
+            )
         if len(policy.thresholds) != self.bundle.num_exits - 1:
             raise ValueError(
                 f"exit_policy: expected {self.bundle.num_exits - 1} thresholds for "
@@ -200,7 +204,7 @@ class Tracker:
         if frame.shape != self._frame_shape:
             raise FrameSizeError(
                 f"frame {self._num_frames}: expected shape {self._frame_shape} as at init, got "
-                f"{frame.shape}; call init again on the new size"
+                f"{frame.shape}; call init again on the new shape"
             )
         buffers = self._chain.buffers
         window = CropWindow.around(self._bbox, factor=self.bundle.crops.search_factor)
@@ -230,6 +234,7 @@ class Tracker:
             self._chain.close()
 
     def __enter__(self) -> "Tracker":
+        self._require_open()
         return self
 
     def __exit__(
@@ -265,7 +270,7 @@ def _load_engines(
     Each is entered into ``opened``, so that those before one that fails are freed.
     """
     key = backend.key(model=bundle.name, bundle_digest=bundle.digest, precision=precision)
-    built = find_engines(root, key)
+    built = find_engines(root, key, graphs=[graph.name for graph in bundle.graphs])
     engines: list[Engine] = []
     for graph in bundle.graphs:
         if built is None:
@@ -280,8 +285,11 @@ def _load_engines(
 def _checked(frame: Any) -> npt.NDArray[np.uint8]:
     """A frame that OpenCV can read."""
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
-        got = f"dtype {frame.dtype}" if isinstance(frame, np.ndarray) else type(frame).__name__
-        raise TypeError(f"frame: expected a uint8 array, got {got}; scale it to 0..255 and convert")
+        if not isinstance(frame, np.ndarray):
+            got, hint = type(frame).__name__, "pass frames as OpenCV or read_frames gives them"
+        else:
+            got, hint = f"dtype {frame.dtype}", "scale it to 0..255 and convert"
+        raise TypeError(f"frame: expected a uint8 array, got {got}; {hint}")
     channels = frame.shape[2] if frame.ndim == 3 else 1
     if frame.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in frame.shape:
         raise ValueError(

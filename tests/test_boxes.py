@@ -135,6 +135,8 @@ def test_a_user_s_box_is_taken_unchanged_as_float32() -> None:
         ((1, 2, 3), "four finite numbers"),
         ((1, 2, 3, float("nan")), "four finite numbers"),
         ((1, 2, float("inf"), 3), "four finite numbers"),
+        ((1e300, 2, 3, 4), "four finite numbers"),
+        ((10**400, 2, 3, 4), "four numbers"),
         ("car", "four numbers"),
         (None, "four .*numbers"),
         ((1, 2, 0, 3), "positive width and height .* got 0 x 3"),

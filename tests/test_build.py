@@ -55,6 +55,10 @@ def key_of(bundle: Bundle) -> EngineKey:
     )
 
 
+def found(bundle: Bundle, output: Path) -> EngineSet | None:
+    return find_engines(output, key_of(bundle), graphs=[g.name for g in bundle.graphs])
+
+
 def start_stopping_build(bundle: Bundle, output: Path, *extra: str) -> "subprocess.Popen[str]":
     arguments = [bundle.path, output, output.parent / "go_on", *extra]
     process = subprocess.Popen(
@@ -92,7 +96,7 @@ def test_all_graphs_are_compiled_and_recorded(bundle: Bundle, output: Path) -> N
 
 
 def test_a_bundle_may_be_given_by_its_folder(bundle: Bundle, output: Path) -> None:
-    assert build(bundle.path, output=output) == find_engines(output, key_of(bundle))
+    assert build(bundle.path, output=output) == found(bundle, output)
 
 
 def test_a_second_build_finds_all_up_to_date(bundle: Bundle, output: Path) -> None:
@@ -169,7 +173,7 @@ def test_engines_for_something_else_are_refused(
     edit_key(build(bundle, output=output), **{field: value})
 
     with pytest.raises(EngineMismatchError, match=f"{field} .*, got '{value}'.*edgetrack build"):
-        find_engines(output, key_of(bundle))
+        found(bundle, output)
 
 
 def test_a_damaged_engine_is_refused_and_built_again(bundle: Bundle, output: Path) -> None:
@@ -177,10 +181,33 @@ def test_a_damaged_engine_is_refused_and_built_again(bundle: Bundle, output: Pat
     (engines.path / engines.graphs["segment_1"].file).write_bytes(b"damaged")
 
     with pytest.raises(EngineMismatchError, match=r"for segment_1, got .*run: edgetrack build"):
-        find_engines(output, key_of(bundle))
+        found(bundle, output)
     again = build(bundle, output=output)
 
     assert again.graphs["segment_1"].sha256 == engines.graphs["segment_1"].sha256
+
+
+def test_engines_without_a_graph_are_refused_and_built_again(bundle: Bundle, output: Path) -> None:
+    sidecar = build(bundle, output=output).path / SIDECAR_NAME
+    content = json.loads(sidecar.read_text(encoding="utf-8"))
+    del content["graphs"]["segment_1"]
+    sidecar.write_text(json.dumps(content), encoding="utf-8")
+
+    with pytest.raises(EngineMismatchError, match=r"none of \['segment_1'\]; run: .*--force"):
+        found(bundle, output)
+    again = build(bundle, output=output)
+
+    assert list(again.graphs) == [g.name for g in bundle.graphs]
+    assert found(bundle, output) == again
+
+
+def test_a_damaged_sidecar_is_built_again(bundle: Bundle, output: Path) -> None:
+    sidecar = build(bundle, output=output).path / SIDECAR_NAME
+    content = json.loads(sidecar.read_text(encoding="utf-8"))
+    content["graphs"]["segment_1"]["sha256"] = 5
+    sidecar.write_text(json.dumps(content), encoding="utf-8")
+
+    assert build(bundle, output=output) == found(bundle, output)
 
 
 def test_a_killed_build_leaves_nothing_to_be_found(bundle: Bundle, output: Path) -> None:
@@ -188,7 +215,7 @@ def test_a_killed_build_leaves_nothing_to_be_found(bundle: Bundle, output: Path)
 
     kill(process, signal.SIGKILL)
 
-    assert find_engines(output, key_of(bundle)) is None
+    assert found(bundle, output) is None
     assert all(name.startswith(".") for name in folders(output))
 
 
@@ -214,7 +241,7 @@ def test_a_killed_rebuild_leaves_the_engines_before_it(bundle: Bundle, output: P
 
     kill(start_stopping_build(bundle, output, "force"), signal.SIGKILL)
 
-    assert find_engines(output, key_of(bundle)) == engines
+    assert found(bundle, output) == engines
 
 
 def test_a_build_waits_for_one_that_is_running(bundle: Bundle, output: Path) -> None:

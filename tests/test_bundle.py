@@ -165,7 +165,7 @@ def test_a_missing_key_of_a_tensor_is_named(folder: Path, key: str) -> None:
 def test_a_missing_key_of_the_crops_is_named(folder: Path, key: str) -> None:
     change_manifest(folder, lambda manifest: manifest["crops"].pop(key))
 
-    with pytest.raises(BundleFormatError, match=f"expected a valid manifest, got: .*'{key}'"):
+    with pytest.raises(BundleFormatError, match=f"expected the key {key!r}, got none"):
         Bundle.load(folder)
 
 
@@ -176,7 +176,7 @@ def test_a_newer_format_asks_for_an_update(folder: Path) -> None:
         Bundle.load(folder)
 
 
-@pytest.mark.parametrize("value", [None, "1", 1.5])
+@pytest.mark.parametrize("value", [None, "1", 1.5, True, 0, -1])
 def test_a_format_that_is_no_number_is_refused(folder: Path, value: Any) -> None:
     change_manifest(folder, put("format_version", value=value))
 
@@ -229,6 +229,41 @@ def test_a_value_of_the_wrong_kind_is_refused(
     change_manifest(folder, change)
 
     with pytest.raises(BundleFormatError, match=r"manifest\.json: .*expected"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("name", value=5), "'name': expected a text, got 5"),
+        (put("name", value=""), "'name': expected a name without path separators, got ''"),
+        (put("name", value="../evil"), "'name': expected a name .*, got '../evil'"),
+        (put("family", value=None), "'family': expected a text, got None"),
+        (put("paper", value=[]), r"'paper': expected a text, got \[\]"),
+        (put("licence", value=1.5), "'licence': expected a text, got 1.5"),
+        (put("config", value=[]), r"'config': expected an object, got \[\]"),
+        (put("provenance", value="data"), "'provenance': expected an object, got 'data'"),
+        (put("template", "macs", value=True), "'macs': expected a whole number, got True"),
+        (put("template", "macs", value="7"), "'macs': expected a whole number, got '7'"),
+        (put("template", "macs", value=-1), "template: expected 'macs' of at least 0, got -1"),
+        (put("segments", 1, "inputs", 0, value=3), "tensors: expected an object, got 3"),
+        (put("segments", 1, "inputs", 0, "shape", value=["1"]), "shape: expected a whole number"),
+        (put("files", "template.onnx", value=5), "hash of 'template.onnx': expected a text, got 5"),
+        (put("operating_points", "fast", value=["0.5", 1]), "'fast': expected a number, got '0.5'"),
+        (put("operating_points", "fast", value=7), "'fast': expected a list, got 7"),
+        (put("operating_point", value=[]), r"'operating_point': expected a text, got \[\]"),
+        (put("crops", "search_factor", value="4"), "'search_factor': expected a number, got '4'"),
+        (put("crops", "margin", value=1), r"crops: expected the keys .*, got \['margin'\] besides"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_what_to_do(
+    folder: Path, change: Callable[[Manifest], None], message: str
+) -> None:
+    change_manifest(folder, change)
+
+    with pytest.raises(
+        BundleFormatError, match=rf"manifest\.json: .*{message}.*; export the bundl"
+    ):
         Bundle.load(folder)
 
 

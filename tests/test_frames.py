@@ -1,4 +1,5 @@
 import contextlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -91,6 +92,12 @@ def test_a_video_gives_its_frames_in_order_with_rate_count_and_size(tmp_path: Pa
     assert all(f.shape == (HEIGHT, WIDTH, 3) and f.dtype == np.uint8 for f in frames)
 
 
+def test_a_video_may_be_named_in_bytes(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", "mp4v", num_frames=5)
+
+    assert len(list(read_frames(os.fsencode(path)))) == 5
+
+
 def test_a_url_is_read_like_a_file(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", "mp4v", num_frames=5)
 
@@ -172,12 +179,26 @@ def test_an_mp4_without_its_end_is_refused_at_the_call(tmp_path: Path) -> None:
         ("nowhere.mp4", "no such file or folder; check the path"),
         (97, "camera 97: .* plugged in"),
         ("97", "camera 97: .* plugged in"),
-        ("http://127.0.0.1:9/none.mp4", "expected to open it"),
+        (-1, "camera -1: expected a camera number from 0 to 99, got -1"),
+        ("-1", "camera -1: expected a camera number from 0 to 99, got -1"),
+        (100, "camera 100: expected a camera number"),
+        (99999999999, "camera 99999999999: expected a camera number"),
+        ("99999999999", "camera 99999999999: expected a camera number"),
+        pytest.param("9" * 5000, "expected a camera number", id="5000 digits"),
+        (True, "camera True: expected a camera number"),
+        ("", "got an empty text; name one"),
+        (b"nowhere.mp4", "^nowhere.mp4: .* no such file or folder"),
+        (
+            "/dev/null",
+            r"^/dev/null: expected .*\(/dev/video\*\), got another device; check the path",
+        ),
+        ("http://127.0.0.1:9/none.mp4", "expected to open it, got a refusal; check the address"),
+        ("file:///nowhere.mp4", "expected to open it, got a refusal; it is empty, no video"),
         ("nosuchelement ! appsink", "GStreamer.*--system-site-packages"),
     ],
 )
 def test_a_source_that_cannot_be_opened_is_refused_at_the_call(
-    source: str | int, message: str
+    source: str | bytes | int, message: str
 ) -> None:
     with pytest.raises(SourceError, match=message):
         read_frames(source)
@@ -316,6 +337,13 @@ def test_a_sink_refuses_frames_that_opencv_would_drop(tmp_path: Path, frame: np.
 def test_a_sink_refuses_bad_arguments(tmp_path: Path, name: str, fps: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VideoSink(tmp_path / name, fps=fps, size=(WIDTH, HEIGHT))
+
+
+def test_a_sink_without_a_name_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^path: expected a name that ends in \.mp4, got an empty"
+    ):
+        VideoSink("", fps=30, size=(WIDTH, HEIGHT))
 
 
 def test_a_sink_in_a_missing_folder_is_refused(tmp_path: Path) -> None:

@@ -126,11 +126,23 @@ def import_package(backend: str) -> Any:
 
     Raises:
         BackendUnavailableError: It is not installed, or a library that it needs is missing.
+        KeyboardInterrupt: Ctrl-C came in the middle, also where the package hides it.
     """
     try:
+        # First: where Ctrl-C comes in NumPy's import, ONNX Runtime prints it and calls it missing.
+        importlib.import_module("numpy")
         return importlib.import_module(_PACKAGES[backend].module)
     except (ImportError, OSError) as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
         raise BackendUnavailableError(_missing(backend, str(error))) from error
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is what led to an error: compiled packages turn it into an ``ImportError``."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _missing(backend: str, got: str) -> str:

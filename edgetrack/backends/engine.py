@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "Buffers", "BuiltGraph", "Engine", "EngineKey", "EngineSet", "find_engines"]
 
 SIDECAR_NAME = "engines.json"
+
+_GRAPH_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "file": str,
+    "sha256": str,
+    "size_bytes": int,
+    "build_s": (int, float),
+}
 
 Buffers: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
 
@@ -167,10 +174,10 @@ class EngineSet:
             return cls(
                 path=path,
                 key=EngineKey(**content["key"]),
-                graphs={k: BuiltGraph(**v) for k, v in content["graphs"].items()},
+                graphs={k: _built_graph(k, v) for k, v in content["graphs"].items()},
                 built_at=content["built_at"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EngineMismatchError(
                 f"{sidecar}: expected a description of engines, got: {error}; "
                 "run: edgetrack build --force"
@@ -208,15 +215,36 @@ class EngineSet:
                 )
 
 
-def find_engines(root: Path, key: EngineKey) -> EngineSet | None:
+def find_engines(root: Path, key: EngineKey, *, graphs: Iterable[str]) -> EngineSet | None:
     """The engines under ``root`` with exactly this key, checked; ``None`` if there are none.
 
+    Args:
+        root: The folder that holds engine folders.
+        key: What the engines must have been built from, by and for.
+        graphs: Names of the graphs that must all be there.
+
     Raises:
-        EngineMismatchError: The folder is there but its content was changed.
+        EngineMismatchError: The folder is there but its content was changed, or lacks a graph.
     """
     folder = root / key.folder_name
     if not (folder / SIDECAR_NAME).is_file():
         return None
     engines = EngineSet.read(folder)
     engines.verify(key)
+    expected = list(graphs)
+    if missing := [name for name in expected if name not in engines.graphs]:
+        raise EngineMismatchError(
+            f"{folder / SIDECAR_NAME}: expected the graphs {expected}, got none of {missing}; "
+            "run: edgetrack build --force"
+        )
     return engines
+
+
+def _built_graph(name: str, entry: Mapping[str, Any]) -> BuiltGraph:
+    """An engine file as the sidecar describes it, refused if a value is of another kind."""
+    graph = BuiltGraph(**entry)
+    for field, kind in _GRAPH_KINDS.items():
+        value = getattr(graph, field)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{value!r} as the {field} of {name}")
+    return graph

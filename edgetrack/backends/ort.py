@@ -80,9 +80,10 @@ class OnnxRuntimeBackend:
         _check_precision(precision)
         report = on_step or (lambda phase, fraction: None)
         report("optimising the graph", 0.0)
+        refusals = _refusals()
         try:
             self._session(onnx_path, level="ORT_ENABLE_ALL", save_to=engine_path)
-        except _refusals() as error:
+        except refusals as error:
             if shutil.disk_usage(engine_path.parent).free < onnx_path.stat().st_size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(engine_path)) from error
             raise EngineBuildError(_refused(onnx_path, error)) from error
@@ -94,9 +95,10 @@ class OnnxRuntimeBackend:
         Raises:
             EngineError: The file is not such an engine, or not of this graph.
         """
+        refusals = _refusals()
         try:
             session = self._session(engine_path, level="ORT_DISABLE_ALL")
-        except _refusals() as error:
+        except refusals as error:
             raise EngineError(
                 f"{engine_path}: expected an engine of ONNX Runtime, got: {error}; "
                 "run: edgetrack build --force"
@@ -110,9 +112,10 @@ class OnnxRuntimeBackend:
             EngineBuildError: ONNX Runtime refused the graph.
             EngineError: The file holds another graph.
         """
+        refusals = _refusals()
         try:
             session = self._session(onnx_path, level="ORT_ENABLE_ALL")
-        except _refusals() as error:
+        except refusals as error:
             raise EngineBuildError(_refused(onnx_path, error)) from error
         return OnnxRuntimeEngine(session, graph)
 

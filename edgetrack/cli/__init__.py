@@ -41,3 +41,6 @@ def main() -> None:
     except (EdgeTrackError, ValueError, TypeError, OSError) as error:
         print(f"edgetrack: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("edgetrack: interrupted", file=sys.stderr)
+        sys.exit(130)

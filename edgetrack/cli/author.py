@@ -1,13 +1,16 @@
 """``edgetrack train`` and ``edgetrack export``: from data to a bundle."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetrack.cli.options import progress_bar
+from edgetrack.errors import BackendUnavailableError, DataError
 
 if TYPE_CHECKING:
     from edgetrack.train.loop import Progress
@@ -33,13 +36,21 @@ def train(
 
     Example: edgetrack train early_exit_vit-tiny --data data/train --processes 2
     """
-    from edgetrack.train.recipes import get_recipe
+    with _author_side():
+        from edgetrack.train.recipes import RECIPES
+        from edgetrack.train.run import run_recipe
 
-    chosen = get_recipe(recipe)
+    if recipe not in RECIPES:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(sorted(RECIPES))}, got {recipe!r}", param_hint="RECIPE"
+        )
+    chosen = RECIPES[recipe]
+    if not data.is_dir():
+        raise DataError(f"{data}: expected a training folder, got none; check --data")
+    if stem is not None and not stem.is_file():
+        raise typer.BadParameter(f"expected a file, got {stem}", param_hint="--stem")
     if processes > 1 and "RANK" not in os.environ:
         _relaunch(processes)
-    from edgetrack.train.run import run_recipe
-
     folder = output or Path("runs") / recipe
     is_first = os.environ.get("RANK", "0") == "0"
     with progress_bar(is_shown=is_first) as bar:
@@ -80,13 +91,21 @@ def export(
 
     Example: edgetrack export runs/early_exit_vit-tiny --output my_bundle --point balanced=0.2,0.25
     """
-    from edgetrack.export import export_bundle
-    from edgetrack.train.loop import load_trained
-    from edgetrack.train.run import read_provenance
+    with _author_side():
+        from edgetrack.export import export_bundle
+        from edgetrack.train.loop import load_trained
+        from edgetrack.train.run import read_provenance
 
     model = load_trained(run)
     provenance = read_provenance(run)
     points = dict(_parse_point(p) for p in point or ())
+    for label, thresholds in points.items():
+        if not label or len(thresholds) != model.num_exits - 1:
+            raise typer.BadParameter(
+                f"expected a name and {model.num_exits - 1} thresholds, got {label!r} and "
+                f"{len(thresholds)}",
+                param_hint="--point",
+            )
     if not points:
         points = {"balanced": (0.3,) * (model.num_exits - 1)}
     with typer.progressbar(length=1, label="exporting", file=sys.stderr) as bar:
@@ -101,6 +120,18 @@ def export(
         )
         bar.update(1)
     typer.echo(f"bundle: {bundle.path}; next: edgetrack build {bundle.path}")
+
+
+@contextlib.contextmanager
+def _author_side() -> Iterator[None]:
+    """Import what only the author side has; a base install lacks it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f"training: expected the packages of the author side, got: {error}; install torch, "
+            "then run: pip install 'edgetrack[train]'"
+        ) from error
 
 
 def _parse_point(text: str) -> tuple[str, tuple[float, ...]]:

@@ -9,6 +9,7 @@ from edgetrack.cli.options import (
     BackendOption,
     JsonOption,
     PrecisionOption,
+    check_choices,
     print_json,
     print_table,
     progress_bar,
@@ -63,6 +64,7 @@ def build_engines(
     """Build with a progress bar; also says whether anything had to be built."""
     import edgetrack
 
+    check_choices(backend, precision)
     is_new = False
     with progress_bar(is_shown=not is_quiet) as bar:
         task = bar.add_task("building", total=None, visible=False)

@@ -26,7 +26,11 @@ def inspect(
     if path is not None and (path / SIDECAR_NAME).is_file():
         _inspect_engines(path, as_json=json)
     elif path is not None and not path.is_dir():
-        raise BundleError(f"{path}: expected a bundle or engine folder, got nothing; check it")
+        got = "a file" if path.is_file() else "nothing"
+        raise BundleError(f"{path}: expected a bundle or engine folder, got {got}; check the path")
+    elif path is not None and (found := sorted(path.glob(f"*/{SIDECAR_NAME}"))):
+        names = ", ".join(str(sidecar.parent) for sidecar in found)
+        raise BundleError(f"{path}: expected one folder of engines, got several; inspect {names}")
     else:
         _inspect_bundle(path, as_json=json)
 
@@ -79,7 +83,7 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
             }
         )
         return
-    total, done, rows = sum(g.macs for g in bundle.segments), 0, []
+    total, done, rows = sum(g.macs for g in bundle.segments) or 1, 0, []
     for g in bundle.graphs:
         done += g.macs if g is not bundle.template else 0
         share = "once" if g is bundle.template else f"{done / total:.0%}"

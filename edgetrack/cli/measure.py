@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgetrack.cli.options import (
+    DEFAULT_ENGINES,
     BackendOption,
     BundleOption,
     EnginesOption,
@@ -47,7 +48,7 @@ def bench(
     bundle: BundleOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
-    engines: EnginesOption = Path("engines"),
+    engines: EnginesOption = DEFAULT_ENGINES,
     operating_point: OperatingPointOption = None,
     exit_policy: ExitPolicyOption = None,
     threshold: ThresholdOption = None,
@@ -61,8 +62,8 @@ def bench(
     from edgetrack.bench import bench as run_bench
     from edgetrack.doctor import examine
 
-    if source is not None and bbox is None:
-        raise typer.BadParameter("a --source needs --bbox x,y,w,h", param_hint="--bbox")
+    if (source is None) != (bbox is None):
+        raise typer.BadParameter("--source and --bbox x,y,w,h go together", param_hint="--bbox")
     images, box = _frames(source, bbox, frames)
     with (
         open_tracker(
@@ -103,7 +104,7 @@ def evaluate(
     bundle: BundleOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
-    engines: EnginesOption = Path("engines"),
+    engines: EnginesOption = DEFAULT_ENGINES,
     operating_point: OperatingPointOption = None,
     exit_policy: ExitPolicyOption = None,
     threshold: ThresholdOption = None,
@@ -122,6 +123,8 @@ def evaluate(
         raise typer.BadParameter(
             f"expected one of {', '.join(PROTOCOLS)}, got {protocol!r}", param_hint="--protocol"
         )
+    if output is not None and output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"expected a folder, got the file {output}", param_hint="--output")
     sequences = read_sequences(root)
     with (
         open_tracker(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgetrack.errors import EngineNotFoundError
 from edgetrack.runtime.policies import ExitPolicy
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from edgetrack.tracker import Tracker
 
 __all__ = [
+    "DEFAULT_ENGINES",
     "BackendOption",
     "BundleOption",
     "EnginesOption",
@@ -28,6 +30,7 @@ __all__ = [
     "PrecisionOption",
     "ThreadsOption",
     "ThresholdOption",
+    "check_choices",
     "milliseconds",
     "open_tracker",
     "parse_bbox",
@@ -35,6 +38,8 @@ __all__ = [
     "print_table",
     "progress_bar",
 ]
+
+DEFAULT_ENGINES = Path("engines")
 
 BundleOption = Annotated[
     Path | None, typer.Option("--bundle", "-b", help="Bundle folder [default: the one that ships]")
@@ -52,7 +57,8 @@ OperatingPointOption = Annotated[
 ExitPolicyOption = Annotated[
     str | None,
     typer.Option(
-        help="entropy: stop below --threshold; fixed: stop at exit --threshold; always-last"
+        help="entropy: stop below --threshold (or the operating point's); fixed: stop at exit "
+        "--threshold; always-last"
     ),
 ]
 ThresholdOption = Annotated[
@@ -75,7 +81,26 @@ def parse_bbox(text: str) -> tuple[float, float, float, float]:
         raise typer.BadParameter(
             f"expected x,y,w,h in pixels such as 412,230,96,54, got {text!r}", param_hint="--bbox"
         ) from None
+    if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
+        raise typer.BadParameter(
+            f"expected finite numbers and a positive width and height, got {text!r}",
+            param_hint="--bbox",
+        )
     return x, y, w, h
+
+
+def check_choices(backend: str, precision: str | None) -> None:
+    """Unknown names are wrong usage."""
+    from edgetrack.backends import BACKEND_NAMES
+
+    if backend not in BACKEND_NAMES:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(BACKEND_NAMES)}, got {backend!r}", param_hint="--backend"
+        )
+    if precision not in (None, "fp32", "fp16", "int8"):
+        raise typer.BadParameter(
+            f"expected fp32, fp16 or int8, got {precision!r}", param_hint="--precision"
+        )
 
 
 def open_tracker(
@@ -93,6 +118,16 @@ def open_tracker(
     from edgetrack.bundle import Bundle
     from edgetrack.tracker import Tracker
 
+    check_choices(backend, precision)
+    if operating_point is not None and (exit_policy, threshold) != (None, None):
+        raise typer.BadParameter(
+            "expected it alone, got an exit policy or threshold too", param_hint="--operating-point"
+        )
+    if engines != DEFAULT_ENGINES and not engines.is_dir():
+        raise EngineNotFoundError(
+            f"{engines}: expected a folder of engines, got none; run: edgetrack build --output "
+            f"{engines}"
+        )
     loaded = Bundle.load(bundle)
     return Tracker(
         loaded,
@@ -111,6 +146,8 @@ def _policy(bundle: "Bundle", name: str | None, threshold: str | None) -> ExitPo
         return None
     name = name or "entropy"
     if name == "always-last":
+        if threshold is not None:
+            raise typer.BadParameter("expected none with always-last", param_hint="--threshold")
         return ExitPolicy.always_last(num_exits=num_exits)
     if name not in ("entropy", "fixed"):
         raise typer.BadParameter(
@@ -122,6 +159,8 @@ def _policy(bundle: "Bundle", name: str | None, threshold: str | None) -> ExitPo
         raise typer.BadParameter("expected --threshold EXIT with it", param_hint="--exit-policy")
     try:
         if name == "fixed":
+            if not threshold.isdecimal():
+                raise ValueError(f"expected the number of an exit, got {threshold!r}")
             return ExitPolicy.fixed(int(threshold), num_exits=num_exits)
         values = [float(v) for v in threshold.split(",")]
         return ExitPolicy.entropy(values[0] if len(values) == 1 else values, num_exits=num_exits)

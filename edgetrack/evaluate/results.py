@@ -4,6 +4,7 @@ An output folder holds two files per finished sequence: ``<name>.csv``, what the
 frame, and ``<name>.json``, its metrics and the key of the run, written last.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -220,5 +221,13 @@ def _summary(result: SequenceResult) -> dict[str, Any]:
 
 def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise DataError(
+            f"{path}: expected to write it, got: {error.strerror}; free some room or choose "
+            "another folder"
+        ) from error

@@ -1,4 +1,5 @@
 import errno
+import importlib
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from toy_bundle import SCORES, plain_search_region, write_toy_bundle
 
-from edgetrack.backends import get_backend, list_backends
+from edgetrack.backends import get_backend, import_package, list_backends, ort
 from edgetrack.backends.ort import OnnxRuntimeBackend, cpu_name
 from edgetrack.bundle import Bundle, GraphSpec
 from edgetrack.errors import BackendUnavailableError, EngineBuildError, EngineError
@@ -256,6 +257,58 @@ def test_a_backend_that_is_not_installed_says_how_to_get_it() -> None:
 
     with pytest.raises(BackendUnavailableError, match=r"expected the package .*run: "):
         get_backend(missing[0].name)
+
+
+@pytest.mark.parametrize("link", ["__cause__", "__context__"])
+def test_ctrl_c_in_an_import_stays_one_when_the_package_hides_it(
+    monkeypatch: pytest.MonkeyPatch, link: str
+) -> None:
+    def interrupted(name: str) -> None:
+        error = ImportError("initialization failed")
+        setattr(error, link, KeyboardInterrupt())
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        import_package("onnxruntime")
+
+
+def test_numpy_is_imported_before_a_package_that_hides_ctrl_c_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(importlib, "import_module", imported.append)
+
+    import_package("onnxruntime")
+
+    assert imported == ["numpy", "onnxruntime"]
+
+
+def test_a_library_that_is_missing_says_how_to_get_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("libgomp.so.1: cannot open")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+
+    with pytest.raises(BackendUnavailableError, match=r"got libgomp.*pip install onnxruntime"):
+        import_package("onnxruntime")
+
+
+def test_ctrl_c_while_a_graph_is_read_is_passed_on(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        monkeypatch.setattr(ort, "_refusals", lambda: pytest.fail("imported after the error"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "_session", interrupted)
+    path = bundle.graph_path(bundle.template)
+
+    with pytest.raises(KeyboardInterrupt):
+        OnnxRuntimeBackend().compile(path, tmp_path / "t.onnx", precision="fp32")
 
 
 def test_installed_backends_are_listed_with_their_version() -> None:

@@ -120,15 +120,15 @@ def test_track_keeps_what_it_tracked_of_a_video_that_is_cut_off(home: Path, tmp_
         (("track", "none.mp4", "--bbox", "1,2,3,4"), 1, "no such file"),
         (("track", "clip.mp4", "--bbox", "1,2,3"), 2, "expected x,y,w,h"),
         (("track", "clip.mp4"), 2, "--bbox"),
-        (("track", "clip.mp4", "--bbox", "nan,1,5,5"), 1, "finite"),
+        (("track", "clip.mp4", "--bbox", "nan,1,5,5"), 2, "finite"),
         (("track", "clip.mp4", "--bbox", "900,1,5,5"), 1, "overlaps"),
-        (("track", "clip.mp4", "--bbox", "9,1,-5,5"), 1, "positive width"),
+        (("track", "clip.mp4", "--bbox", "9,1,-5,5"), 2, "positive"),
         (("track", "clip.mp4", "--bbox", "9,1,5,5", "--exit-policy", "x"), 2, "always-last"),
         (("track", "clip.mp4", "--bbox", "9,1,5,5", "--exit-policy", "fixed"), 2, "--threshold"),
         (("track", "clip.mp4", "--bbox", "9,1,5,5", "--threshold", "-1"), 2, "at least 0"),
         (("track", "clip.mp4", "--bbox", "9,1,5,5", "--threshold", "1,1,1"), 2, "thresholds"),
         (("track", "clip.mp4", "--bbox", "9,1,5,5", "--operating-point", "x"), 1, "operating_p"),
-        (("track", "clip.mp4", "--bbox", "9,1,5,5", "--backend", "x"), 1, "tensorrt-rtx"),
+        (("track", "clip.mp4", "--bbox", "9,1,5,5", "--backend", "x"), 2, "tensorrt-rtx"),
         (("track", "clip.mp4", "--bbox", "9,1,5,5", "--backend", "tensorrt"), 1, "tensorrt"),
         (("track", "clip.mp4", "--select"), 1, "display"),
         (("build", "nowhere"), 1, "expected a bundle"),
@@ -137,10 +137,38 @@ def test_track_keeps_what_it_tracked_of_a_video_that_is_cut_off(home: Path, tmp_
         (("inspect", "nowhere"), 1, "nothing"),
         (("eval", "nowhere"), 1, "no such folder"),
         (("eval", "sequences", "--protocol", "x"), 2, "ope"),
-        (("train", "nothing", "--data", "."), 1, "expected one of"),
+        (("train", "nothing", "--data", "."), 2, "expected one of"),
+        (("train", "early_exit_vit-smoke", "--data", ".", "--stem", "nope"), 2, "--stem"),
         (("train", "early_exit_vit-smoke", "--data", "nowhere"), 1, "training folder"),
         (("export", "nowhere", "--output", "b"), 1, "checkpoint"),
         (("bench", "--source", "clip.mp4"), 2, "--bbox"),
+        (("bench", "--bbox", "1,1,9,9"), 2, "--source"),
+        (("track", "clip.mp4", "--bbox", "9,1,5,5", "--results", "no/x.csv"), 2, "--results"),
+        (("track", "clip.mp4", "--bbox", "9,1,5,5", "--save", "no/x.mp4"), 1, "folder exists"),
+        (("track", "clip.mp4", "--bbox", "9,1,5,5", "--engines", "no"), 1, "edgetrack build"),
+        (("track", "clip.mp4", "--bbox", "9,1,5,5", "--precision", "fp99"), 2, "fp16"),
+        (
+            (
+                *("track", "clip.mp4", "--bbox", "9,1,5,5"),
+                "--exit-policy",
+                "fixed",
+                "--threshold",
+                "0.5",
+            ),
+            2,
+            "number of an exit",
+        ),
+        (
+            (
+                *("track", "clip.mp4", "--bbox", "9,1,5,5"),
+                "--exit-policy",
+                "always-last",
+                "--threshold",
+                "1",
+            ),
+            2,
+            "expected none",
+        ),
         (("nothing",), 2, "No such command"),
     ],
 )
@@ -200,6 +228,38 @@ def test_doctor_says_what_this_machine_has(home: Path) -> None:
 
     assert report["onnxruntime"]["is_present"]
     assert report["opencv"]["is_present"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.4, 0.9, 1.4])
+def test_interrupted_track_keeps_what_it_tracked(home: Path, delay_s: float) -> None:
+    for name in ("boxes.csv", "out.mp4"):
+        (home / "cut" / name).unlink(missing_ok=True)
+    (home / "cut").mkdir(exist_ok=True)
+    write_clip(home / "long.mp4", render_clip(num_frames=600, width=320, height=240))
+    command = [sys.executable, "-m", "edgetrack", "track", "long.mp4", "--bbox", "100,80,40,40"]
+    command += ["--bundle", "toy", "--results", "cut/boxes.csv", "--save", "cut/out.mp4"]
+    running = subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, text=True)
+    while not list((home / "cut").iterdir()):
+        time.sleep(0.01)
+    time.sleep(delay_s / 4)
+
+    running.send_signal(signal.SIGINT)
+
+    _, errors = running.communicate(timeout=20)
+    assert running.returncode == 130, errors
+    assert "is kept" in errors
+    num_rows = len((home / "cut" / "boxes.csv").read_text("utf-8").splitlines())
+    assert 1 < num_rows < 601
+
+
+def test_track_needs_a_second_frame(home: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "one.png"), np.zeros((60, 60, 3), np.uint8))
+
+    done = edgetrack("track", tmp_path, "--bbox", "9,9,9,9", "--bundle", "toy", cwd=home)
+
+    assert done.returncode == 1
+    assert "at least 2 frames" in done.stderr
 
 
 @pytest.mark.slow

@@ -32,7 +32,6 @@ __all__ = [
     "Bundle",
     "CropSpec",
     "GraphSpec",
-    "SegmentSpec",
     "TensorSpec",
     "default_bundle_path",
     "sha256_of",
@@ -79,9 +78,6 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     macs: int = 0
-
-
-SegmentSpec = GraphSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,14 +37,13 @@ def train(
     Example: edgetrack train early_exit_vit-tiny --data data/train --processes 2
     """
     with _author_side():
-        from edgetrack.train.recipes import RECIPES
+        from edgetrack.train.recipes import get_recipe
         from edgetrack.train.run import run_recipe
 
-    if recipe not in RECIPES:
-        raise typer.BadParameter(
-            f"expected one of {', '.join(sorted(RECIPES))}, got {recipe!r}", param_hint="RECIPE"
-        )
-    chosen = RECIPES[recipe]
+    try:
+        chosen = get_recipe(recipe)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="RECIPE") from error
     if not data.is_dir():
         raise DataError(f"{data}: expected a training folder, got none; check --data")
     if stem is not None and not stem.is_file():

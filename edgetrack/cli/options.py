@@ -105,14 +105,14 @@ def check_choices(backend: str, precision: str | None) -> None:
 
 def open_tracker(
     *,
-    bundle: Path | None,
+    bundle: Path | None = None,
     backend: str,
     precision: str | None,
     engines: Path,
-    operating_point: str | None,
-    exit_policy: str | None,
-    threshold: str | None,
-    threads: int | None,
+    operating_point: str | None = None,
+    exit_policy: str | None = None,
+    threshold: str | None = None,
+    threads: int | None = None,
 ) -> "Tracker":
     """A tracker from the shared options."""
     from edgetrack.bundle import Bundle

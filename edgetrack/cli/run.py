@@ -113,14 +113,7 @@ def demo(
         clip = Path(folder) / "clip.mp4"
         truth = write_clip(clip, render_clip(num_frames=_DEMO_FRAMES))
         with open_tracker(
-            bundle=None,
-            backend=backend,
-            precision=built.key.precision,
-            engines=engines,
-            operating_point=None,
-            exit_policy=None,
-            threshold=None,
-            threads=None,
+            backend=backend, precision=built.key.precision, engines=engines
         ) as tracker:
             x, y, w, h = (float(v) for v in truth[0])
             run = _follow(tracker, str(clip), (x, y, w, h), save=output, truth=truth, is_quiet=json)

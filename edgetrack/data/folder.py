@@ -14,7 +14,7 @@ line of ``boxes.jsonl`` holds ``img`` and ``boxes``: a list of ``[x, y, w, h, sc
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Clip:
     """
 
     name: str
-    images: tuple[UInt8Array, ...]
+    images: Sequence[UInt8Array]
     boxes_xywh: Float32Array
 
 
@@ -99,12 +99,16 @@ class TrainingPack:
 
 
 def read_training_pack(
-    root: Path, *, on_progress: Callable[[int, int], None] | None = None
+    root: Path,
+    *,
+    leave_out: Collection[str] = (),
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> TrainingPack:
     """Decode a training folder; the layout is at the top of this module.
 
     Args:
         root: The folder.
+        leave_out: Names of sets and clips that are not read.
         on_progress: Called with the numbers of sets and clips done and to do.
 
     Raises:
@@ -112,6 +116,7 @@ def read_training_pack(
     """
     folders = [p.parent for p in sorted(root.glob("*/*/manifest.jsonl"))]
     folders += [p.parent for p in sorted(root.glob("videos/*/img"))]
+    folders = [folder for folder in folders if folder.name not in leave_out]
     detections = _read_detections(root / "videos" / "boxes.jsonl")
     found = _Found()
     for num_done, folder in enumerate(folders, start=1):

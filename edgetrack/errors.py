@@ -36,6 +36,7 @@ __all__ = [
     "SourceEndedError",
     "SourceError",
     "TrackerStateError",
+    "TrainingError",
     "package_missing",
 ]
 
@@ -104,6 +105,10 @@ class DataError(EdgeTrackError):
 
 class CheckpointError(EdgeTrackError):
     """Weights do not fit the model, or a file is not a checkpoint."""
+
+
+class TrainingError(EdgeTrackError):
+    """Training went wrong in a way that another step cannot mend."""
 
 
 def package_missing(package: str, error: ImportError) -> BackendUnavailableError:

@@ -25,7 +25,7 @@ PATCH = EarlyExitViTConfig(
     shallow_head_channels=(16,),
     drop_path=0.1,
 )
-# The kind of ``tiny``: pretrained stem, correlation prior, fine grid, one tower.
+# The kind of ``tiny``: pretrained stem, correlation prior, an exit before any block, fine grid.
 PRIOR = EarlyExitViTConfig(
     template_size_px=32,
     search_size_px=64,
@@ -34,7 +34,7 @@ PRIOR = EarlyExitViTConfig(
     dim=32,
     num_heads=2,
     mlp_ratio=2.0,
-    exit_after=(1, 2, 3),
+    exit_after=(0, 2, 3),
     bypass_dim=16,
     bypass_heads=2,
     head_channels=(16,),

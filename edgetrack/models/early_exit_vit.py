@@ -18,8 +18,9 @@ The ``tiny`` variant differs further, to learn from little data and run on two C
 ShuffleNetV2 stem instead of a patch embedding, an explicit correlation of template and search
 cells as an input, an embedding of where the target's box covers the template, heads on a grid
 twice as fine as the tokens', one tower per head, and bins of 1/26 of the search region. Depth earns
-its place by design: the first exit sees one block and tokens alone; only the last sees the stem's
-fine features.
+its place by design: the first exit comes before any block and before the coarser half of the stem,
+on correlation maps and fine features alone, at a quarter of the cost; the second sees tokens alone;
+the last sees both.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ from edgetrack.models.heads import (
     search_grid,
 )
 from edgetrack.models.layers import (
+    BatchNorm2d,
     Block,
     ConvNormAct,
     PatchEmbed,
@@ -66,11 +68,13 @@ class EarlyExitViTConfig:
         dim: Token width.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of an MLP over ``dim``.
-        exit_after: Number of blocks before each exit; the last is the depth.
+        exit_after: Number of blocks before each exit; the last is the depth. The first may be 0
+            with ``correlation_dim``: a ``FineExit``.
         bypass_dim: Width of the bypass branches.
         bypass_heads: Attention heads in a bypass branch.
         head_channels: Widths of the final head's convolutions.
         shallow_head_channels: Widths of the shallow heads' convolutions.
+        fine_exit_depth: Separable convolutions of an exit before any block.
         num_towers: Towers per head, 1 or 2.
         head_upsample: Head cells per token along a side.
         num_bins: Bins per edge.
@@ -92,6 +96,7 @@ class EarlyExitViTConfig:
     bypass_heads: int = 4
     head_channels: tuple[int, ...] = (256, 128, 64, 32)
     shallow_head_channels: tuple[int, ...] = (128, 64, 32)
+    fine_exit_depth: int = 2
     num_towers: int = 2
     head_upsample: int = 1
     num_bins: int = 17
@@ -105,9 +110,12 @@ class EarlyExitViTConfig:
         for name in ("template_size_px", "search_size_px"):
             if getattr(self, name) % 16:
                 raise ValueError(f"{name}: expected a multiple of 16, got {getattr(self, name)}")
-        is_rising = list(self.exit_after) == sorted({0, *self.exit_after})[1:]
-        if not is_rising or not self.exit_after:
-            raise ValueError(f"exit_after: expected rising block counts, got {self.exit_after}")
+        is_rising = list(self.exit_after) == sorted({*self.exit_after})
+        lowest = 0 if self.correlation_dim and len(self.exit_after) > 1 else 1
+        if not is_rising or not self.exit_after or self.exit_after[0] < lowest:
+            raise ValueError(
+                f"exit_after: expected rising block counts from {lowest}, got {self.exit_after}"
+            )
         for width, heads in (("dim", "num_heads"), ("bypass_dim", "bypass_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(
@@ -133,7 +141,7 @@ CONFIGS: dict[str, EarlyExitViTConfig] = {
         dim=160,
         num_heads=5,
         mlp_ratio=3.0,
-        exit_after=(1, 3, 6),
+        exit_after=(0, 3, 6),
         bypass_dim=96,
         bypass_heads=3,
         head_channels=(64,),
@@ -178,7 +186,7 @@ class Backbone(nn.Module):
         else:
             self.stem = ShuffleStem()
             self.to_tokens = nn.Sequential(
-                nn.Conv2d(ShuffleStem.channels[1], dim, 1, bias=False), nn.BatchNorm2d(dim)
+                nn.Conv2d(ShuffleStem.channels[1], dim, 1, bias=False), BatchNorm2d(dim)
             )
         self.pos_embed_z = nn.Parameter(torch.zeros(1, self.template_grid**2, dim))
         self.pos_embed_x = nn.Parameter(torch.zeros(1, self.search_grid**2, dim))
@@ -191,13 +199,19 @@ class Backbone(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def embed(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens ``(B, N, dim)`` without positions, and stride-8 features of a ``shuffle`` stem."""
-        pixels = normalise(image)
-        if hasattr(self, "patch_embed"):
-            return self.patch_embed(pixels), None
-        stride_8, stride_16 = self.stem(pixels)
-        return self.to_tokens(stride_16).flatten(2).transpose(1, 2), stride_8
+    def embed(self, image: Tensor) -> Tensor:
+        """Pixels ``(B, H, W, 3)`` → tokens ``(B, N, dim)`` without positions: ``patch`` trunks."""
+        tokens: Tensor = self.patch_embed(normalise(image))
+        return tokens
+
+    def fine(self, image: Tensor) -> Tensor:
+        """Pixels ``(B, H, W, 3)`` → features at stride 8: ``shuffle`` trunks."""
+        return self.stem.fine(normalise(image))
+
+    def coarse(self, fine: Tensor) -> Tensor:
+        """Features at stride 8 → tokens ``(B, N, dim)`` without positions: ``shuffle`` trunks."""
+        tokens: Tensor = self.to_tokens(self.stem.coarse(fine))
+        return tokens.flatten(2).transpose(1, 2)
 
     def stem_requires_grad(self, is_trained: bool) -> None:
         """Freeze a ``shuffle`` stem, or let it learn; a ``patch`` trunk has none to freeze."""
@@ -217,7 +231,7 @@ class CorrelationPrior(nn.Module):
         self.template_grid = template_grid
         cells = template_grid**2
         self.project = nn.Conv2d(in_channels, dim, 1)
-        self.mix = nn.Sequential(nn.BatchNorm2d(cells), ConvNormAct(cells, 64))
+        self.mix = nn.Sequential(BatchNorm2d(cells), ConvNormAct(cells, 64))
         self.to_tokens = nn.Conv2d(64, token_dim, 3, 2, 1)
 
     def kernel(self, template_features: Tensor, template_bbox_cxcywh: Tensor) -> Tensor:
@@ -278,6 +292,40 @@ class ExitPath(nn.Module):
         return maps
 
 
+class FineExit(nn.Module):
+    """An exit before any block: separable convolutions over fine features and correlation maps.
+
+    Not in the paper, whose first exit comes after some blocks of a far larger trunk. The maps hold
+    what template and search region have in common, so a few cheap convolutions can decide.
+    """
+
+    def __init__(self, in_channels: int, config: EarlyExitViTConfig) -> None:
+        super().__init__()
+        width = config.bypass_dim
+        self.reduce = ConvNormAct(in_channels, width, kernel=1)
+        self.mix = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, width, 5, 1, 2, groups=width, bias=False),
+                BatchNorm2d(width),
+                ConvNormAct(width, width, kernel=1),
+            )
+            for _ in range(config.fine_exit_depth)
+        )
+        self.head = GeneralDistributionHead(
+            (width, *config.shallow_head_channels),
+            num_bins=config.num_bins,
+            num_towers=config.num_towers,
+        )
+
+    def forward(self, fine_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``(B, C, H, W)`` → score logits ``(B, HW)``, edge logits ``(B, HW, 4, K)``."""
+        features = self.reduce(fine_features)
+        for mix in self.mix:
+            features = features + mix(features)
+        maps: tuple[Tensor, Tensor] = self.head(features)
+        return maps
+
+
 class EarlyExitViT(SegmentedModel):
     """One-stream ViT tracker that may stop after any of its segments.
 
@@ -313,13 +361,16 @@ class EarlyExitViT(SegmentedModel):
             )
             self.box_embed = nn.Parameter(torch.randn(2, config.dim) * 0.02)
             skip_channels = ShuffleStem.channels[0] + 64
+        last = self.num_exits - 1
         self.exits = nn.ModuleList(
-            ExitPath(
+            FineExit(skip_channels, config)
+            if depth == 0
+            else ExitPath(
                 config,
-                is_final=index == self.num_exits - 1,
-                skip_channels=skip_channels if index == self.num_exits - 1 else 0,
+                is_final=index == last,
+                skip_channels=skip_channels if index == last else 0,
             )
-            for index in range(self.num_exits)
+            for index, depth in enumerate(config.exit_after)
         )
         window = hann_window(config.search_size_px // 16 * config.head_upsample)
         self.register_buffer("window", window, persistent=False)
@@ -332,48 +383,61 @@ class EarlyExitViT(SegmentedModel):
 
     def embed_template(self, template: Tensor, template_bbox_cxcywh: Tensor) -> State:
         """Template tokens, and correlation kernels where the variant has them."""
-        tokens, stride_8 = self.backbone.embed(template)
-        tokens = tokens + self.backbone.pos_embed_z
-        if self.correlation is None or stride_8 is None:
+        if self.correlation is None:
+            tokens = self._tokens(template) + self.backbone.pos_embed_z
             return {"template_tokens": tokens}
+        fine = self.backbone.fine(template)
         cover = box_coverage(template_bbox_cxcywh, grid=self.backbone.template_grid)[..., None]
+        tokens = self.backbone.coarse(fine) + self.backbone.pos_embed_z
         tokens = tokens + cover * self.box_embed[0] + (1 - cover) * self.box_embed[1]
-        kernel = self.correlation.kernel(stride_8, template_bbox_cxcywh)
+        kernel = self.correlation.kernel(fine, template_bbox_cxcywh)
         return {"template_tokens": tokens, "correlation_kernel": kernel}
 
     def segment_inputs(self, index: int) -> tuple[str, ...]:
         """Names of the tensors that a segment reads."""
-        has_prior = self.correlation is not None
-        names: tuple[str, ...] = (f"tokens_{index - 1}",)
-        if index == 0:
-            names = ("search_region", "template_tokens")
-            names += ("correlation_kernel",) if has_prior else ()
-        if index == self.num_exits - 1 and index > 0 and has_prior:
+        last = self.num_exits - 1
+        names: tuple[str, ...] = ("search_region",) if index == 0 else ()
+        if index == self._first_with_blocks:
+            names += ("template_tokens",)
+        elif index > 0:
+            names += (f"tokens_{index - 1}",)
+        if self.correlation is not None and index == 0:
+            names += ("correlation_kernel",)
+        elif self.correlation is not None and index in (self._first_with_blocks, last):
             names += ("fine_features",)
         return names
 
     def run_trunk(self, index: int, state: Mapping[str, Tensor]) -> State:
-        """The trunk's part of a segment: ``tokens_<index>``, and segment 0's fine features."""
+        """The trunk's part of a segment: ``tokens_<index>``, and segment 0's ``fine_features``."""
         written: State = {}
-        begin = 0
-        if index == 0:
-            tokens, written = self._embed_search(state)
-        else:
-            tokens, begin = state[f"tokens_{index - 1}"], self.config.exit_after[index - 1]
+        if index == 0 and self.correlation is not None:
+            fine = self.backbone.fine(state["search_region"])
+            maps = self.correlation.maps(fine, state["correlation_kernel"])
+            written["fine_features"] = torch.cat([fine, maps], 1)
+        if index < self._first_with_blocks:
+            return written
+        begin = 0 if index == 0 else self.config.exit_after[index - 1]
+        tokens = (
+            self._embed_search({**state, **written}) if begin == 0 else state[f"tokens_{index - 1}"]
+        )
         for block in self.backbone.blocks[begin : self.config.exit_after[index]]:
             tokens = block(tokens)
         return written | {f"tokens_{index}": tokens}
 
     def exit_logits(self, index: int, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps of one exit from the trunk's tokens.
+        """Maps of one exit from what the trunk wrote.
 
         Returns:
             Score logits ``(B, HW)`` and edge logits ``(B, HW, 4, K)``.
         """
+        logits: tuple[Tensor, Tensor]
+        if index < self._first_with_blocks:
+            logits = self.exits[index](state["fine_features"])
+            return logits
         tokens = state[f"tokens_{index}"]
         if index == self.num_exits - 1:
             tokens = self.backbone.norm(tokens)
-        logits: tuple[Tensor, Tensor] = self.exits[index](tokens, state.get("fine_features"))
+        logits = self.exits[index](tokens, state.get("fine_features"))
         return logits
 
     def run_segment(self, index: int, state: Mapping[str, Tensor]) -> State:
@@ -387,13 +451,25 @@ class EarlyExitViT(SegmentedModel):
             return answer
         return written | answer
 
-    def _embed_search(self, state: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        tokens, stride_8 = self.backbone.embed(state["search_region"])
-        written: State = {}
-        if self.correlation is not None and stride_8 is not None:
-            maps = self.correlation.maps(stride_8, state["correlation_kernel"])
+    @property
+    def _first_with_blocks(self) -> int:
+        """The first segment with blocks: 1 after a ``FineExit``, else 0."""
+        return int(self.config.exit_after[0] == 0)
+
+    def _tokens(self, image: Tensor) -> Tensor:
+        if self.config.stem == "patch":
+            return self.backbone.embed(image)
+        return self.backbone.coarse(self.backbone.fine(image))
+
+    def _embed_search(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Template and search tokens ``(B, N, dim)`` with their positions."""
+        if self.correlation is None:
+            tokens = self._tokens(state["search_region"])
+        else:
+            features = state["fine_features"]
+            width = ShuffleStem.channels[0]
+            fine, maps = features[:, :width], features[:, width:]
+            tokens = self.backbone.coarse(fine)
             tokens = tokens + self.correlation.to_tokens(maps).flatten(2).transpose(1, 2)
-            written["fine_features"] = torch.cat([stride_8, maps], 1)
         tokens = tokens + self.backbone.pos_embed_x
-        template_tokens = state["template_tokens"]
-        return torch.cat([template_tokens, tokens], 1), written
+        return torch.cat([state["template_tokens"], tokens], 1)

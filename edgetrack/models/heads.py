@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from edgetrack.models.layers import Block, ConvNormAct
+from edgetrack.models.layers import BatchNorm2d, Block, ConvNormAct
 
 __all__ = [
     "BypassBranch",
@@ -144,7 +144,7 @@ class BypassBranch(nn.Module):
         self.reduce = nn.Linear(in_dim, dim)
         self.block = Block(dim, num_heads, mlp_ratio=2.0)
         self.mix = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, 1, 1, groups=dim, bias=False), nn.BatchNorm2d(dim), nn.GELU()
+            nn.Conv2d(dim, dim, 3, 1, 1, groups=dim, bias=False), BatchNorm2d(dim), nn.GELU()
         )
 
     def forward(self, tokens: Tensor) -> Tensor:

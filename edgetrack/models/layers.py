@@ -3,13 +3,17 @@
 Parameter names follow timm and OSTrack, so that published trunks load without renaming.
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "BatchNorm2d",
     "Block",
     "ConvNormAct",
     "PatchEmbed",
@@ -133,13 +137,65 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the global batch, on any device, where several processes train together.
+
+    The processes' batches must be of one size. torch's own ``SyncBatchNorm`` needs a GPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``(B, C, H, W)`` → features of the same shape."""
+        if not self.training or not _is_shared():
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        axes = (0, 2, 3)
+        wide = x.double()
+        sums = torch.stack([wide.sum(axes), wide.square().sum(axes)])
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        total: Tensor = _SumOverProcesses.apply(sums)  # type: ignore[no-untyped-call]
+        mean, mean_square = (total / count).unbind(0)
+        variance = mean_square - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.float(), self.momentum)
+            unbiased = variance * (count / max(count - 1, 1))
+            self.running_var.lerp_(unbiased.float(), self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        scale = self.weight * torch.rsqrt(variance + self.eps).float()
+        shift = self.bias - mean.float() * scale
+        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _is_shared() -> bool:
+    """Whether several processes train together; a Jetson's torch may lack that part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class ConvNormAct(nn.Sequential):
     """Convolution, batch norm, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel: int = 3, stride: int = 1):
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False),
-            nn.BatchNorm2d(out_channels),
+            BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
 
@@ -199,14 +255,20 @@ class ShuffleStem(nn.Module):
         return nn.Sequential(_ShuffleUnit(in_channels, half, stride=2), *rest)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels ``(B, 3, H, W)`` → features of two scales.
+        """Pixels ``(B, 3, H, W)`` → features at stride 8 and at stride 16."""
+        fine = self.fine(image)
+        return fine, self.coarse(fine)
 
-        Returns:
-            Stride 8 ``(B, 116, H/8, W/8)`` and stride 16 ``(B, 232, H/16, W/16)``.
-        """
+    def fine(self, image: Tensor) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` → features at stride 8, ``(B, 116, H/8, W/8)``."""
         x = F.max_pool2d(_leaky(self.stem["conv"](image)), 3, 2, 1)
-        stride_8 = self.stage2(x)
-        return stride_8, self.stage3(stride_8)
+        out: Tensor = self.stage2(x)
+        return out
+
+    def coarse(self, fine: Tensor) -> Tensor:
+        """Features at stride 8 → features at stride 16, ``(B, 232, H/16, W/16)``."""
+        out: Tensor = self.stage3(fine)
+        return out
 
 
 def _leaky(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from edgetrack.bundle import WEIGHTS_NAME, Bundle
 from edgetrack.errors import CheckpointError
 from edgetrack.models.segmented import SegmentedModel
 
-__all__ = ["create_model", "list_models", "load_model"]
+__all__ = ["create_model", "list_models", "load_fitting_weights", "load_model"]
 
 _FAMILIES = ("early_exit_vit",)
 
@@ -62,3 +62,31 @@ def load_model(bundle: Bundle) -> SegmentedModel:
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{file}: expected weights of {bundle.name}, got: {error}") from error
     return model.eval()
+
+
+def load_fitting_weights(model: SegmentedModel, bundle: Bundle) -> list[str]:
+    """Start a model from another one's weights, where names and shapes fit.
+
+    Args:
+        model: Written.
+        bundle: Of the same family; its configuration may differ.
+
+    Returns:
+        The names that kept their own values.
+
+    Raises:
+        CheckpointError: The bundle carries no readable weights, or nothing fits.
+    """
+    file = bundle.path / WEIGHTS_NAME
+    try:
+        theirs = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: expected weights, got: {error}") from error
+    ours = model.state_dict()
+    fitting = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
+    if not fitting:
+        raise CheckpointError(
+            f"{file}: expected weights that fit {model.family}, got none of the same name and shape"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return sorted(set(ours) - set(fitting))

@@ -1,36 +1,35 @@
-"""Augmentation of training crops: geometry, light, blur, occluders, distractors.
+"""Augmentation of training crops: how much, and the changes of light, sharpness and noise.
 
-Coordinates are continuous: the centre of pixel ``i`` lies at ``i + 0.5``, so a box maps exactly.
-Everything random takes a ``numpy.random.Generator``.
+``Changes.draw`` decides in NumPy, ``Changes.apply`` does it in torch, for a batch and on its
+device. Every change is elementwise arithmetic per crop, so a crop's bytes do not depend on what
+else is in the batch.
 """
 
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from edgetrack.crops import CropWindow
+from edgetrack.train import jpeg
 
-__all__ = [
-    "Augmentation",
-    "View",
-    "add_distractors",
-    "add_occluder",
-    "change_light",
-    "paste",
-    "rotate_cutout",
-]
+__all__ = ["Augmentation", "Changes"]
 
-UInt8Array = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
 Rng = np.random.Generator
 
-_HALF_SCALE = 0.5
+_NUM_NOISES = 1 << 20
+_LOW_RESOLUTIONS = np.linspace(0.2, 0.7, 11)  # few, because crops of one size are shrunk together
+_BLUR_REACH_PX = 4
+_MOTION_REACH_PX = 4
+_MIDDLE_GREY = 110
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +48,15 @@ class Augmentation:
         spin_rate: Still pictures that are rotated by any angle.
         video_rotation_std_rad: Of the rotation in those pairs of frames that are rotated.
         video_rotation_rate: Pairs of frames that are rotated.
+        far_gap_rate: Pairs of labelled clips whose frames are any distance apart.
         flip_rate: Pairs of which both crops are mirrored.
         single_flip_rate: Pairs of which the search region alone is mirrored.
         run_time_rate: Unrotated pairs whose search region is a window that the tracker could cut.
         template_jitter_rate: Templates whose window is not quite that of the box.
         template_jitter_std: Of that jitter, in sides and in the log of the scale.
         border_fill_rate: Search regions that show another picture outside the frame, not black.
-        distractor_rate: Pairs with one or two pasted distractors.
+        distractor_rate: Pairs with one or two pasted distractors; 0 leaves them out of pasted
+            scenes too, which have up to three.
         occluder_rate: Pairs whose target is partly hidden.
         grey_rate: Pairs in grey.
         light_strength: Factor on the changes of brightness, contrast and colour.
@@ -63,6 +64,7 @@ class Augmentation:
         blur_rate: Search regions with a Gaussian blur.
         motion_blur_rate: Search regions with a motion blur.
         noise_rate: Crops with Gaussian noise.
+        jpeg_rate: Crops that were compressed.
     """
 
     scale_std: float = 0.25
@@ -75,6 +77,7 @@ class Augmentation:
     spin_rate: float = 0.08
     video_rotation_std_rad: float = 0.22
     video_rotation_rate: float = 0.25
+    far_gap_rate: float = 0.3
     flip_rate: float = 0.5
     single_flip_rate: float = 0.07
     run_time_rate: float = 0.5
@@ -89,275 +92,219 @@ class Augmentation:
     blur_rate: float = 0.1
     motion_blur_rate: float = 0.25
     noise_rate: float = 0.2
+    jpeg_rate: float = 0.15
 
     @classmethod
     def none(cls) -> "Augmentation":
         """Every augmentation off: the target is centred and unchanged."""
         return cls(**dict.fromkeys(cls.__dataclass_fields__, 0.0))
 
-    def angle_rad(self, rng: Rng, *, is_video: bool) -> float:
-        """Draw a rotation for a search region; most often 0."""
-        u = rng.random()
-        if is_video:
-            rotate = u < self.video_rotation_rate
-            return float(rng.normal(0, self.video_rotation_std_rad)) if rotate else 0.0
-        if u < self.rotation_rate:
-            return float(np.clip(rng.normal(0, self.rotation_std_rad), -1.2, 1.2))
-        return (
-            float(rng.uniform(-math.pi, math.pi))
-            if u < self.rotation_rate + self.spin_rate
-            else 0.0
-        )
+    def draw_angles_rad(self, rng: Rng, is_video: BoolArray) -> Float64Array:
+        """Draw rotations ``(N,)`` for search regions; most often 0.
+
+        Args:
+            rng: Source of randomness.
+            is_video: ``(N,)``: the pair is two frames of a clip.
+        """
+        count = len(is_video)
+        u, normal = rng.random(count), rng.standard_normal(count)
+        spin = rng.uniform(-np.pi, np.pi, count)
+        of_video = np.where(u < self.video_rotation_rate, normal * self.video_rotation_std_rad, 0)
+        of_still = np.clip(normal * self.rotation_std_rad, -1.2, 1.2)
+        of_still = np.where(u < self.rotation_rate, of_still, spin)
+        of_still = np.where(u < self.rotation_rate + self.spin_rate, of_still, 0)
+        return np.where(is_video, of_video, of_still)
 
 
 @dataclass(frozen=True)
-class View:
-    """An affine map from a picture to a square crop.
+class Changes:
+    """Changes of N crops; 0 leaves a crop as it is.
 
     Attributes:
-        matrix: ``(2, 3)``, float64, picture pixels → crop pixels.
-        size_px: Side of the crop.
+        is_grey: ``(N,)``, bool.
+        gain: ``(N, 3)``, float32, factors on red, green and blue.
+        bias: ``(N, 3)``, float32, grey levels, added after that.
+        low_resolution: ``(N,)``, float32: the side to shrink to, as a fraction of the crop's.
+        blur_px: ``(N,)``, float32: standard deviation of a Gaussian blur.
+        motion: ``(N, 2K + 1)``, float32: weight of the pixel k - K along a motion.
+        motion_offset_px: ``(N, 2K + 1)``, int64: where that pixel is, across.
+        is_steep: ``(N,)``, bool: the motion runs along y, not x.
+        noise: ``(N,)``, float32: standard deviation, grey levels.
+        noise_at: ``(N,)``, int64: which noise.
+        jpeg_quality: ``(N,)``, float32.
     """
 
-    matrix: Float64Array
-    size_px: int
+    is_grey: BoolArray
+    gain: Float32Array
+    bias: Float32Array
+    low_resolution: Float32Array
+    blur_px: Float32Array
+    motion: Float32Array
+    motion_offset_px: Int64Array
+    is_steep: BoolArray
+    noise: Float32Array
+    noise_at: Int64Array
+    jpeg_quality: Float32Array
 
     @classmethod
-    def of_window(cls, window: CropWindow, *, size_px: int) -> "View":
-        """What the tracker sees of a window."""
-        scale = size_px / window.side_px
-        matrix = [[scale, 0, -window.left_px * scale], [0, scale, -window.top_px * scale]]
-        return cls(np.array(matrix), size_px)
-
-    @classmethod
-    def placing(
-        cls,
-        point_px: tuple[float, float],
-        *,
-        at_px: tuple[float, float],
-        scale_xy: tuple[float, float],
-        angle_rad: float = 0.0,
-        size_px: int,
-    ) -> "View":
-        """The view that shows a point of the picture at a point of the crop."""
-        cos, sin = math.cos(angle_rad), math.sin(angle_rad)
-        sx, sy = scale_xy
-        a, b, c, d = sx * cos, -sx * sin, sy * sin, sy * cos
-        x, y = point_px
-        tx, ty = at_px[0] - a * x - b * y, at_px[1] - c * x - d * y
-        return cls(np.array([[a, b, tx], [c, d, ty]]), size_px)
-
-    def mirrored(self) -> "View":
-        """The same view with left and right exchanged."""
-        matrix = self.matrix * [[-1], [1]]
-        matrix[0, 2] += self.size_px
-        return View(matrix, self.size_px)
-
-    def to_crop(self, bbox_xywh: npt.NDArray[np.floating]) -> Float32Array:
-        """Picture pixels, xywh ``(4,)`` → cxcywh normalised to the crop.
-
-        Under a rotation the box bounds the ellipse in the box, which fits most objects better
-        than a bound on its corners.
-        """
-        x, y, w, h = (float(v) for v in bbox_xywh)
-        (a, b, tx), (c, d, ty) = self.matrix.tolist()
-        cx, cy = x + w / 2, y + h / 2
-        centre_x, centre_y = a * cx + b * cy + tx, c * cx + d * cy + ty
-        box = [centre_x, centre_y, math.hypot(a * w, b * h), math.hypot(c * w, d * h)]
-        return np.array(box, np.float32) / np.float32(self.size_px)
-
-    def cut(
-        self, image: UInt8Array, *, smooth: bool = False, border: UInt8Array | None = None
-    ) -> UInt8Array:
-        """Cut the crop from a picture, with bilinear sampling.
+    def draw(cls, rng: Rng, how: Augmentation, *, is_grey: BoolArray, is_strong: bool) -> "Changes":
+        """Draw changes.
 
         Args:
-            image: ``(H, W, 3)``, uint8.
-            smooth: Sample the picture at half its size if the crop is less than half as fine.
-                Off, the crop aliases as the tracker's own crops do.
-            border: ``(size_px, size_px, 3)``, uint8: what shows outside the picture; ``None`` is
-                black.
+            rng: Source of randomness.
+            how: How much.
+            is_grey: ``(N,)``: the crop loses its colours.
+            is_strong: For search regions: stronger, and with blur.
+        """
+        n = len(is_grey)
+        strength = how.light_strength
+        brightness = np.exp(rng.standard_normal(n) * strength * (0.18 if is_strong else 0.1))
+        contrast = np.exp(rng.standard_normal(n) * strength * 0.15)
+        cast = np.exp(rng.standard_normal((n, 3)) * strength * 0.08)
+        has_cast = ~is_grey & (rng.random(n) < 0.5)
+        factor = brightness[:, None] * np.where(has_cast[:, None], cast, 1)
+        sharpness = float(is_strong)
+        motion, offset_px = _draw_motion(rng, n)
+        has_motion = rng.random(n) < how.motion_blur_rate * sharpness
+        return cls(
+            is_grey=is_grey,
+            gain=(contrast[:, None] * factor).astype(np.float32),
+            bias=(_MIDDLE_GREY * (1 - contrast)[:, None] * factor).astype(np.float32),
+            low_resolution=_some(rng, how.low_resolution_rate, rng.choice(_LOW_RESOLUTIONS, n)),
+            blur_px=_some(rng, how.blur_rate * sharpness, rng.uniform(0.5, 1.5, n)),
+            motion=motion * has_motion[:, None],
+            motion_offset_px=offset_px,
+            is_steep=rng.random(n) < 0.3,
+            noise=_some(rng, how.noise_rate, rng.uniform(2, 9, n)),
+            noise_at=rng.integers(_NUM_NOISES, size=n),
+            jpeg_quality=_some(rng, how.jpeg_rate, rng.uniform(20, 85, n).round()),
+        )
+
+    def apply(self, crops: Tensor) -> Tensor:
+        """Change crops.
+
+        Args:
+            crops: ``(N, 3, S, S)``, float32, RGB in [0, 255]; its memory may be used.
 
         Returns:
-            ``(size_px, size_px, 3)``, uint8.
+            The same shape and range.
         """
-        matrix = self.matrix.copy()
-        if smooth and max(np.hypot(*matrix[:, :2])) < _HALF_SCALE and min(image.shape[:2]) > 1:
-            height, width = image.shape[:2]
-            half = cv2.resize(image, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
-            image = np.asarray(half, np.uint8)
-            matrix[:, 0] *= width / (width // 2)
-            matrix[:, 1] *= height / (height // 2)
-        matrix[:, 2] += matrix[:, :2].sum(1) / 2 - 0.5  # to OpenCV's centres at whole numbers
-        size = (self.size_px, self.size_px)
-        if border is None:
-            return np.asarray(cv2.warpAffine(image, matrix, size), np.uint8)
-        filled = border.copy()
-        cv2.warpAffine(image, matrix, size, dst=filled, borderMode=cv2.BORDER_TRANSPARENT)
-        return filled
+        device = crops.device
 
-    def inside(self, image: UInt8Array) -> UInt8Array:
-        """Where the crop shows a picture: ``(size_px, size_px)``, 1 inside, else 0."""
-        height, width = image.shape[:2]
-        corners = np.array([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]])
-        corners_px = np.clip(corners @ self.matrix.T - 0.5, -(2**15), 2**15)
-        mask = np.zeros((self.size_px, self.size_px), np.uint8)
-        cv2.fillConvexPoly(mask, np.rint(corners_px).astype(np.int32), 1)
-        return mask
+        def to(values: npt.NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
+        def change(where: BoolArray, changed: Callable[[Tensor, Int64Array], Tensor]) -> None:
+            if where.any():
+                rows = np.flatnonzero(where)
+                index = to(rows)
+                crops.index_copy_(0, index, changed(crops.index_select(0, index), rows))
 
-def rotate_cutout(bgra: UInt8Array, angle_rad: float) -> UInt8Array:
-    """Rotate a cutout ``(h, w, 4)``; the result is tight around its mask again."""
-    height, width = bgra.shape[:2]
-    cos, sin = math.cos(angle_rad), math.sin(angle_rad)
-    new_width = int(width * abs(cos) + height * abs(sin)) + 2
-    new_height = int(width * abs(sin) + height * abs(cos)) + 2
-    matrix = np.array([[cos, -sin, 0.0], [sin, cos, 0.0]])
-    matrix[:, 2] = [(new_width - 1) / 2, (new_height - 1) / 2]
-    matrix[:, 2] -= matrix[:, :2] @ [(width - 1) / 2, (height - 1) / 2]
-    rotated = np.asarray(cv2.warpAffine(bgra, matrix, (new_width, new_height)), np.uint8)
-    mask = rotated[..., 3] > 100
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if min(len(rows), len(columns)) < 4:
-        return bgra
-    return rotated[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        change(self.is_grey, lambda x, rows: _grey(x))
+        if (self.gain != 1).any() or self.bias.any():
+            crops = crops.mul_(to(self.gain)[..., None, None]).add_(to(self.bias)[..., None, None])
+            crops.clamp_(0, 255)
+        for part in np.unique(self.low_resolution[self.low_resolution > 0]):
+            small_px = max(8, int(crops.shape[-1] * part))
+            change(self.low_resolution == part, lambda x, rows, s=small_px: _coarse(x, s))  # type: ignore[misc]  # mypy infers no default
+        change(self.blur_px > 0, lambda x, rows: _blur(x, to(_gaussians(self.blur_px[rows]))))
+        for is_steep in (False, True):
+            change(
+                (self.motion.any(1)) & (self.is_steep == is_steep),
+                lambda x, rows, s=is_steep: _move(  # type: ignore[misc]  # as above
+                    x, to(self.motion[rows]), to(self.motion_offset_px[rows]), is_steep=s
+                ),
+            )
+        change(
+            self.noise > 0,
+            lambda x, rows: _add_noise(x, to(self.noise[rows]), to(self.noise_at[rows])),
+        )
+        change(
+            self.jpeg_quality > 0,
+            lambda x, rows: jpeg.compress(x, to(self.jpeg_quality[rows])),
+        )
+        return crops
 
 
-def paste(crop: UInt8Array, bgra: UInt8Array, bbox_xywh: npt.NDArray[np.floating]) -> None:
-    """Paste a cutout so that it fills a box; what lies outside the crop is lost.
-
-    Args:
-        crop: Written: ``(S, S, 3)``, uint8.
-        bgra: ``(h, w, 4)``, uint8.
-        bbox_xywh: Crop pixels.
-    """
-    x, y, w, h = (float(v) for v in bbox_xywh)
-    left, top = max(math.floor(x), 0), max(math.floor(y), 0)
-    right, bottom = min(math.ceil(x + w), crop.shape[1]), min(math.ceil(y + h), crop.shape[0])
-    if right - left < 2 or bottom - top < 2:
-        return
-    if max(w / bgra.shape[1], h / bgra.shape[0]) < _HALF_SCALE:
-        bgra = np.asarray(cv2.resize(bgra, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
-    sx, sy = w / bgra.shape[1], h / bgra.shape[0]
-    matrix = np.array([[sx, 0, x - left + sx / 2 - 0.5], [0, sy, y - top + sy / 2 - 0.5]])
-    size = (right - left, bottom - top)
-    layer = cv2.warpAffine(bgra, matrix, size)
-    alpha = layer[..., 3:].astype(np.float32) / 255
-    under = crop[top:bottom, left:right]
-    under[...] = under + (layer[..., :3].astype(np.float32) - under) * alpha
+def _some(rng: Rng, rate: float, values: Float64Array) -> Float32Array:
+    """The values, all but a share ``rate`` of them 0."""
+    return np.where(rng.random(len(values)) < rate, values, 0).astype(np.float32)
 
 
-def add_distractors(
-    crop: UInt8Array,
-    bbox_xywh: npt.NDArray[np.floating],
-    *,
-    count: int,
-    draw_cutout: Callable[[], UInt8Array],
-    rng: Rng,
-) -> None:
-    """Paste objects of the target's size beside it.
-
-    Args:
-        crop: Written: ``(S, S, 3)``, uint8.
-        bbox_xywh: The target, crop pixels.
-        count: How many; one that finds no place is left out.
-        draw_cutout: Gives ``(h, w, 4)``, uint8.
-        rng: Source of randomness.
-    """
-    x, y, w, h = (float(v) for v in bbox_xywh)
-    for _ in range(count):
-        bgra = draw_cutout()
-        side = math.sqrt(w * h) * math.exp(rng.normal(0, 0.3))
-        aspect = math.sqrt(bgra.shape[1] / bgra.shape[0])
-        own_w, own_h = side * aspect, side / aspect
-        for _ in range(3):
-            cx, cy = rng.random(2).tolist()
-            cx, cy = cx * crop.shape[1], cy * crop.shape[0]
-            is_beside = abs(cx - x - w / 2) > 0.45 * (own_w + w)
-            if is_beside or abs(cy - y - h / 2) > 0.45 * (own_h + h):
-                bgra = bgra[:, ::-1] if rng.random() < 0.5 else bgra
-                paste(crop, bgra, np.array([cx - own_w / 2, cy - own_h / 2, own_w, own_h]))
-                break
+def _draw_motion(rng: Rng, count: int) -> tuple[Float32Array, Int64Array]:
+    """Straight motions of 3 to 9 pixels: weights and offsets across, ``(count, 2K + 1)``."""
+    length = rng.integers(3, 2 * _MOTION_REACH_PX + 2, size=(count, 1))
+    ends = np.floor(rng.random((count, 2)) * length)
+    k = np.arange(2 * _MOTION_REACH_PX + 1) - _MOTION_REACH_PX + length // 2
+    line = ends[:, :1] + (ends[:, 1:] - ends[:, :1]) * k / (length - 1)
+    is_used = (k >= 0) & (k < length)
+    offset_px = np.where(is_used, np.rint(line) - length // 2, 0)
+    return (is_used / length).astype(np.float32), offset_px.astype(np.int64)
 
 
-def add_occluder(
-    crop: UInt8Array,
-    bbox_xywh: npt.NDArray[np.floating],
-    *,
-    bgra: UInt8Array,
-    rng: Rng,
-) -> None:
-    """Paste an object over a part of the target's border.
-
-    Args:
-        crop: Written: ``(S, S, 3)``, uint8.
-        bbox_xywh: The target, crop pixels.
-        bgra: ``(h, w, 4)``, uint8.
-        rng: Source of randomness.
-    """
-    x, y, w, h = (float(v) for v in bbox_xywh)
-    own_w, own_h = w * rng.uniform(0.3, 0.8), h * rng.uniform(0.3, 0.8)
-    angle = rng.uniform(0, 2 * math.pi)
-    cx, cy = x + w / 2 * (1 + math.cos(angle)), y + h / 2 * (1 + math.sin(angle))
-    paste(crop, bgra, np.array([cx - own_w / 2, cy - own_h / 2, own_w, own_h]))
+def _grey(crops: Tensor) -> Tensor:
+    r, g, b = crops.unbind(1)
+    return (0.299 * r + 0.587 * g + 0.114 * b)[:, None].expand_as(crops)
 
 
-def change_light(
-    crop: UInt8Array, augmentation: Augmentation, *, is_grey: bool, is_strong: bool, rng: Rng
-) -> UInt8Array:
-    """Change contrast, brightness and colour, then resolution, blur and noise.
-
-    Args:
-        crop: ``(S, S, 3)``, uint8, BGR.
-        augmentation: How much.
-        is_grey: Drop the colours first.
-        is_strong: For search regions: stronger, and with blur.
-        rng: Source of randomness.
-
-    Returns:
-        ``(S, S, 3)``, uint8, BGR.
-    """
-    pixels: npt.NDArray[Any] = crop
-    if is_grey:
-        pixels = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    if augmentation.light_strength:
-        pixels = cv2.LUT(pixels, _light_table(augmentation, is_grey, is_strong, rng))
-    if rng.random() < augmentation.low_resolution_rate:
-        size = pixels.shape[0]
-        small = max(8, int(size * rng.uniform(0.2, 0.7)))
-        pixels = cv2.resize(pixels, (small, small), interpolation=cv2.INTER_AREA)
-        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
-    if is_strong and rng.random() < augmentation.blur_rate:
-        pixels = cv2.GaussianBlur(pixels, (0, 0), rng.uniform(0.5, 1.5))
-    if is_strong and rng.random() < augmentation.motion_blur_rate:
-        pixels = cv2.filter2D(pixels, -1, _motion_kernel(rng))
-    if rng.random() < augmentation.noise_rate:
-        noise = rng.standard_normal(pixels.shape, np.float32) * np.float32(rng.uniform(2, 9))
-        pixels = np.clip(pixels + noise, 0, 255)
-    return np.asarray(pixels, np.uint8)
+def _coarse(crops: Tensor, small_px: int) -> Tensor:
+    """Shrink to ``small_px`` and enlarge again."""
+    size = crops.shape[-2:]
+    small = F.adaptive_avg_pool2d(crops, small_px)
+    return F.interpolate(small, size=size, mode="bilinear", align_corners=False)
 
 
-def _light_table(
-    augmentation: Augmentation, is_grey: bool, is_strong: bool, rng: Rng
-) -> UInt8Array:
-    """Look-up table ``(256, 1, 3)`` of a change of contrast, brightness and colour."""
-    strength = augmentation.light_strength
-    brightness = math.exp(rng.normal(0, strength * (0.18 if is_strong else 0.1)))
-    contrast = math.exp(rng.normal(0, strength * 0.15))
-    values = (np.arange(256.0) - 110) * contrast + 110
-    has_cast = not is_grey and rng.random() < 0.5
-    cast = np.exp(rng.normal(0, strength * 0.08, 3)) if has_cast else np.ones(3)
-    table = np.clip(values[:, None] * brightness * cast, 0, 255)
-    return np.asarray(table.astype(np.uint8)[:, None])
+def _gaussians(std_px: Float32Array) -> Float32Array:
+    """Right halves ``(N, K + 1)`` of Gaussian kernels."""
+    k = np.arange(_BLUR_REACH_PX + 1)
+    weights = np.exp(-0.5 * (k / std_px[:, None].astype(float)) ** 2)
+    total = 2 * weights.sum(1, keepdims=True) - weights[:, :1]
+    return np.asarray(weights / total, np.float32)
 
 
-def _motion_kernel(rng: Rng) -> Float32Array:
-    """Kernel of a straight motion of 3 to 9 pixels."""
-    size = int(rng.integers(3, 10))
-    kernel = np.zeros((size, size), np.float32)
-    if rng.random() < 0.7:
-        first, last = rng.integers(size, size=2).tolist()
-        cv2.line(kernel, (0, first), (size - 1, last), 1.0)
-    else:
-        kernel[:, size // 2] = 1
-    return np.asarray(kernel / kernel.sum(), np.float32)
+def _blur(crops: Tensor, weights: Tensor) -> Tensor:
+    """Convolve along x and y with symmetric kernels, given by their right halves ``(N, K + 1)``."""
+    K = _BLUR_REACH_PX
+    weights = weights[:, :, None, None, None]
+    for dim in (2, 3):
+        size = crops.shape[dim]
+        padded = F.pad(crops, (0, 0, K, K) if dim == 2 else (K, K, 0, 0), mode="reflect")
+        crops = crops * weights[:, 0]
+        for k in range(1, K + 1):
+            both = padded.narrow(dim, K - k, size) + padded.narrow(dim, K + k, size)
+            crops += both.mul_(weights[:, k])
+    return crops
+
+
+def _move(crops: Tensor, weights: Tensor, offset_px: Tensor, *, is_steep: bool) -> Tensor:
+    """Average along a line: pixel k of ``(N, 2K + 1)`` is ``k - K`` along and offset across."""
+    K = _MOTION_REACH_PX
+    crops = crops.transpose(2, 3) if is_steep else crops
+    N, _, H, W = crops.shape
+    padded = F.pad(crops, (K, K, K, K), mode="reflect").transpose(1, 2).contiguous()
+    flat = padded.view(N * (H + 2 * K), 3, W + 2 * K)
+    rows = torch.arange(H, device=crops.device) + K
+    starts = torch.arange(N, device=crops.device)[:, None] * (H + 2 * K)
+    moved = crops.new_zeros(N, H, 3, W)
+    for k in range(2 * K + 1):
+        source = (starts + rows + offset_px[:, k, None]).view(-1)
+        shifted = flat[:, :, k : k + W].index_select(0, source).view(N, H, 3, W)
+        moved += shifted.mul_(weights[:, k, None, None, None])
+    moved = moved.transpose(1, 2)
+    return moved.transpose(2, 3) if is_steep else moved
+
+
+@functools.lru_cache(maxsize=4)
+def _noises(size: int, device: torch.device) -> Tensor:
+    """Normal noise ``(size,)``; the same on every device."""
+    noises = np.random.default_rng(0).standard_normal(size, np.float32)
+    return torch.from_numpy(noises).to(device)
+
+
+def _add_noise(crops: Tensor, std: Tensor, noise_at: Tensor) -> Tensor:
+    """Add a piece of a fixed, long noise to each crop, so that it depends on that crop alone."""
+    count = crops[0].numel()
+    noises = _noises(_NUM_NOISES + count, crops.device)
+    index = noise_at[:, None] + torch.arange(count, device=crops.device)
+    noise = noises[index].view_as(crops)
+    return (crops + noise * std[:, None, None, None]).clamp_(0, 255)

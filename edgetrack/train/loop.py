@@ -4,8 +4,9 @@ A run is a folder: ``checkpoint.pt`` (all that resuming needs, written whole or 
 ``log.jsonl`` (a line per report), ``recipe.json``. Pair ``i`` depends on the seed and ``i`` alone,
 so a run that was killed and resumed sees the pairs that an undisturbed one sees, in the same order.
 
-Under ``torchrun`` each process takes its rows of every batch, and gradients are averaged. On a CPU,
-two processes of one thread are close to twice as fast as one process of two threads.
+Under ``torchrun`` each process takes its rows of a batch; gradients are averaged and batch norms
+see the global batch, so the number of processes does not change what is learnt. On a CPU, two
+processes of one thread are close to twice as fast as one process of two threads.
 """
 
 import contextlib
@@ -25,11 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
 
+from edgetrack.errors import TrainingError
 from edgetrack.models.early_exit_vit import EarlyExitViT
-from edgetrack.models.registry import create_model
-from edgetrack.models.segmented import SegmentedModel
 from edgetrack.train.checkpoints import (
     checkpoint_fits,
     find_checkpoint,
@@ -37,8 +36,8 @@ from edgetrack.train.checkpoints import (
     write_checkpoint,
 )
 from edgetrack.train.losses import distillation_loss, tracking_loss
-from edgetrack.train.recipes import Recipe, Stage
-from edgetrack.train.sampling import Pair, PairSampler, worker_init
+from edgetrack.train.recipes import Recipe, Stage, create_early_exit_vit
+from edgetrack.train.sampling import PairSampler
 
 __all__ = ["Progress", "fit", "freeze_for_stage_2", "load_trained"]
 
@@ -127,11 +126,11 @@ def freeze_for_stage_2(model: EarlyExitViT) -> list[nn.Parameter]:
 
 def fit(
     recipe: Recipe,
-    sampler_of: Callable[[int, int], PairSampler],
+    sampler_of: Callable[[int, int, torch.device], PairSampler],
     output: Path,
     *,
     initial: Callable[[EarlyExitViT], None] | None = None,
-    num_workers: int = 1,
+    is_compiled: bool = False,
     checkpoint_every_s: float = 120.0,
     report_every: int = 20,
     on_progress: Callable[[Progress], None] | None = None,
@@ -140,10 +139,10 @@ def fit(
 
     Args:
         recipe: What to train.
-        sampler_of: ``(seed, num_pairs)`` → pairs of a stage.
+        sampler_of: ``(seed, batch_size, device)`` → pairs of a stage.
         output: Folder of the run; if it holds a checkpoint of the same recipe, the run goes on.
-        initial: Called once on the fresh model, to load a pretrained stem.
-        num_workers: Processes that make pairs; 0 makes them in this one.
+        initial: Called once on the fresh model, to load weights to start from.
+        is_compiled: Compile the step: minutes at first, then faster on a GPU (not on a CPU).
         checkpoint_every_s: Seconds between checkpoints.
         report_every: Steps between reports.
         on_progress: Called with every report.
@@ -153,6 +152,7 @@ def fit(
 
     Raises:
         CheckpointError: ``output`` holds a run of another recipe, or a damaged one.
+        TrainingError: The loss is not a finite number; the last checkpoint stays.
         KeyboardInterrupt: Passed on after a checkpoint was written.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def fit(
     saved = find_checkpoint(output, recipe=described)
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _early_exit_vit(recipe)
+    model = recipe.create_model()
     if saved is None and initial is not None:
         initial(model)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub gap
@@ -171,13 +171,13 @@ def fit(
         if saved is not None and saved["stage"] > number:
             continue
         run = _StageRun(recipe, stage, number, model, output, described)
-        sampler = sampler_of(recipe.seed + number, stage.num_steps * stage.batch_size)
+        sampler = sampler_of(recipe.seed + number, stage.batch_size, device)
         if saved is not None and saved["stage"] == number:
             run.restore(saved)  # last of all: what comes before may draw random numbers
         saved = None
         run.train(
             sampler,
-            num_workers=num_workers,
+            is_compiled=is_compiled,
             checkpoint_every_s=checkpoint_every_s,
             report_every=report_every,
             on_progress=on_progress,
@@ -196,9 +196,9 @@ def load_trained(path: Path) -> EarlyExitViT:
         CheckpointError: It holds no checkpoint, or a damaged one.
     """
     saved = read_checkpoint(path)
-    model = create_model(saved["recipe"]["model"])
-    assert isinstance(model, EarlyExitViT)
+    recipe = saved["recipe"]
     with checkpoint_fits(path):
+        model = create_early_exit_vit(recipe["model"], recipe["model_config"])
         model.load_state_dict(saved["average"])
     return model.eval()
 
@@ -227,6 +227,7 @@ class _StageRun:
             self.objective = _Stage2(model, recipe)
         self.average = copy.deepcopy(model).eval()
         self.optimizer = _optimizer(model, stage)
+        self.device = next(model.parameters()).device
         self.step = 0
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -236,11 +237,13 @@ class _StageRun:
             self.model.load_state_dict(saved["model"])
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
         self.step = saved["step"]
 
     def save(self) -> None:
-        if self.rank != 0:
+        if self.rank != 0 or not self.is_finite():
             return
         content = {
             "recipe": self.described,
@@ -249,56 +252,67 @@ class _StageRun:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device)
+                if self.device.type == "cuda"
+                else None,
+            },
         }
         write_checkpoint(self.output, content)
+
+    def is_finite(self) -> bool:
+        """Whether all weights still are numbers: others are never saved."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
 
     def train(
         self,
         sampler: PairSampler,
         *,
-        num_workers: int,
+        is_compiled: bool,
         checkpoint_every_s: float,
         report_every: int,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
+        if self.stage.batch_size % self.num_ranks:
+            raise ValueError(
+                f"batch_size: expected a multiple of {self.num_ranks} processes, "
+                f"got {self.stage.batch_size}"
+            )
+        objective = torch.compile(self.objective) if is_compiled else self.objective
         report = _Report(self.output / LOG_NAME, self.number, self.stage, on_progress)
-        report_every = report_every if self.rank == 0 else self.stage.num_steps + 1
         saved_at = time.monotonic()
+        batches = sampler.batches(
+            self.step,
+            self.stage.num_steps - self.step,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+        )
         try:
-            for batch in self._batches(sampler, num_workers):
+            for batch in batches:
                 with _held_interrupt():
-                    report.add(self._update(batch))
+                    report.add(self._update(objective, batch))
                     self.step += 1
-                is_last = self.step == self.stage.num_steps
-                if self.step % report_every == 0 or (is_last and self.rank == 0):
-                    report.write(self.step)
+                if self.step % report_every == 0 or self.step == self.stage.num_steps:
+                    self._check(report)
+                    if self.rank == 0:
+                        report.write(self.step)
+                    report.clear()
                 if time.monotonic() - saved_at > checkpoint_every_s:
                     self.save()
                     saved_at = time.monotonic()
         finally:
             self.save()
 
-    def _batches(self, sampler: PairSampler, num_workers: int) -> Iterator[dict[str, Tensor]]:
-        first, batch_size = self.step * self.stage.batch_size, self.stage.batch_size
-        if batch_size % self.num_ranks:
-            raise ValueError(f"batch_size: expected a multiple of {self.num_ranks} processes, "
-                             f"got {batch_size}")  # fmt: skip
-        loader: DataLoader[Pair] = DataLoader(
-            sampler,  # type: ignore[arg-type]  # map-style by its methods
-            batch_size=batch_size // self.num_ranks,
-            sampler=range(first + self.rank, self.stage.num_steps * batch_size, self.num_ranks),
-            num_workers=num_workers,
-            worker_init_fn=worker_init if num_workers else None,
-            prefetch_factor=4 if num_workers else None,
-            # Its own generator: a resumed run makes one loader more, and must not draw more.
-            generator=torch.Generator(),
-        )
-        device = next(self.model.parameters()).device
-        for batch in loader:
-            yield {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    def _check(self, report: "_Report") -> None:
+        if not math.isfinite(report.mean("loss")):
+            raise TrainingError(
+                f"training: expected a finite loss, got {report.mean('loss')} before step "
+                f"{self.step} of stage {self.number}; the last checkpoint is kept in "
+                f"{self.output}: lower the learning rate, or look for damaged boxes in the data"
+            )
 
-    def _update(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _update(self, objective: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stage = self.stage
         rise = min(1.0, (self.step + 1) / stage.warmup_steps)
         fall = 0.5 * (1 + math.cos(math.pi * self.step / stage.num_steps))
@@ -307,20 +321,19 @@ class _StageRun:
         self.model.backbone.stem_requires_grad(
             self.number == 1 and self.step >= stage.frozen_stem_share * stage.num_steps
         )
-        device_type = next(self.model.parameters()).device.type
+        device_type = self.device.type
         # The flash kernel's backward pass is slow on CPUs at these sizes.
         kernels = [SDPBackend.MATH] if device_type == "cpu" else list(_GPU_KERNELS)
         with sdpa_kernel(kernels):
             with torch.autocast(device_type, torch.bfloat16, enabled=self.recipe.autocast):
                 loss: Tensor
                 log: dict[str, Tensor]
-                loss, log = self.objective(batch)
+                loss, log = objective(batch)
             self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
         trained = [p for g in self.optimizer.param_groups for p in g["params"]]
         if self.num_ranks > 1:
             _average_over_ranks([p.grad for p in trained if p.grad is not None])
-            _average_over_ranks(_learning_buffers(self.model))
         nn.utils.clip_grad_norm_(trained, stage.clip_norm)
         self.optimizer.step()
         self._update_average()
@@ -350,14 +363,21 @@ class _Report:
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.path, self.number, self.stage, self.on_progress = path, number, stage, on_progress
-        self.sums: dict[str, float] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.since = time.monotonic()
 
     def add(self, log: Mapping[str, Tensor]) -> None:
+        """Add the terms of a step; they stay on the device, which must not wait for the host."""
         for name, value in log.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
+
+    def mean(self, name: str) -> float:
+        return float(self.sums[name]) / self.count
 
     def write(self, step: int) -> None:
         now = time.monotonic()
@@ -370,9 +390,8 @@ class _Report:
             samples=step * self.stage.batch_size,
             samples_per_s=speed,
             remaining_s=left / speed,
-            terms={k: v / self.count for k, v in self.sums.items()},
+            terms={name: self.mean(name) for name in self.sums},
         )
-        self.sums, self.count, self.since = {}, 0, now
         entry = {
             "stage": self.number,
             "step": step,
@@ -396,12 +415,6 @@ def _average_over_ranks(tensors: list[Tensor]) -> None:
     means = torch.split(flat, [t.numel() for t in tensors])
     for tensor, mean in zip(tensors, means, strict=True):
         tensor.copy_(mean.view_as(tensor))
-
-
-def _learning_buffers(model: nn.Module) -> list[Tensor]:
-    """Batch-norm statistics that training moves; a mean of frozen ones may lose their last bit."""
-    training = [m for m in model.modules() if m.training and isinstance(m, nn.BatchNorm2d)]
-    return [b for m in training for b in m.buffers() if b.is_floating_point()]
 
 
 @contextlib.contextmanager
@@ -477,11 +490,6 @@ def _optimizer(model: EarlyExitViT, stage: Stage) -> torch.optim.AdamW:
         ],
         lr=stage.learning_rate,
         betas=(0.9, 0.98),
+        # Biases that cannot matter (a key's, before a softmax) have gradients of rounding noise.
+        eps=1e-6,
     )
-
-
-def _early_exit_vit(recipe: Recipe) -> EarlyExitViT:
-    model: SegmentedModel = create_model(recipe.model)
-    if not isinstance(model, EarlyExitViT):
-        raise ValueError(f"recipe {recipe.name}: expected an early_exit_vit, got {recipe.model!r}")
-    return model

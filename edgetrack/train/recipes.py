@@ -7,11 +7,14 @@ from the final head.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from edgetrack.models.early_exit_vit import EarlyExitViT
+from edgetrack.models.registry import create_model
 from edgetrack.train.losses import LossWeights
 from edgetrack.train.sampling import DEFAULT_MIX
 
-__all__ = ["RECIPES", "Recipe", "Stage", "get_recipe"]
+__all__ = ["RECIPES", "Recipe", "Stage", "create_early_exit_vit", "get_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +62,13 @@ class Recipe:
     Attributes:
         name: What ``edgetrack train`` calls it.
         model: ``<family>-<variant>``.
+        model_config: Changes to the variant's configuration.
         stages: Stage 1 and stage 2.
         loss_weights: Of all terms.
         mix: Source of pairs → weight (see ``sampling.PairSampler``).
         num_synthetic_clips: Rendered clips that join the pack.
+        calibration_clips: Clips of the training folder that are kept out of training, to choose
+            the operating points on.
         autocast: Run the forward pass in bfloat16.
         seed: Of the weights and of the pairs.
     """
@@ -70,23 +76,88 @@ class Recipe:
     name: str
     model: str
     stages: tuple[Stage, Stage]
+    model_config: Mapping[str, Any] = field(default_factory=dict)
     loss_weights: LossWeights = field(default_factory=LossWeights)
     mix: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
     num_synthetic_clips: int = 48
+    calibration_clips: tuple[str, ...] = ()
     autocast: bool = True
     seed: int = 0
 
+    def create_model(self) -> EarlyExitViT:
+        """The recipe's model, with random weights.
+
+        Raises:
+            ValueError: There is no such model, its family has no recipe, or a change does not fit.
+        """
+        return create_early_exit_vit(self.model, self.model_config)
+
+
+def create_early_exit_vit(name: str, changes: Mapping[str, Any]) -> EarlyExitViT:
+    """A variant with changes to its configuration, and random weights.
+
+    Raises:
+        ValueError: There is no such variant, it is of another family, or a change does not fit.
+    """
+    model = create_model(name)
+    if not isinstance(model, EarlyExitViT):
+        raise ValueError(f"recipe: expected an early_exit_vit, got {name!r}")
+    if not changes:
+        return model
+    changed = create_model(name, {**model.config_dict, **changes})
+    assert isinstance(changed, EarlyExitViT)
+    return changed
+
+
+# Whole videos of the development training folder, so that no piece of one is trained on.
+CALIBRATION_CLIPS = (
+    "davis_camel",
+    "davis_motocross-jump",
+    "davis_parkour",
+    "otb_Skiing_01",
+    "otb_Skiing_02",
+    "uav_car16_1_01",
+    "uav_car16_1_02",
+    "uav_car16_1_03",
+)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
+        # An hour of two CPU cores, from the weights of an earlier hour.
         Recipe(
             name="early_exit_vit-tiny",
             model="early_exit_vit-tiny",
             stages=(
-                Stage(samples=240_000, learning_rate=1e-3, frozen_stem_share=0.5),
-                Stage(samples=48_000, learning_rate=1e-3),
+                Stage(
+                    samples=320_000,
+                    learning_rate=8e-4,
+                    warmup_steps=300,
+                    frozen_stem_share=0.7,
+                    ema_decay=0.999,
+                ),
+                Stage(samples=80_000, learning_rate=1e-3),
             ),
+            calibration_clips=CALIBRATION_CLIPS,
+            seed=7,
+        ),
+        # One GPU for twenty minutes.
+        Recipe(
+            name="early_exit_vit-tiny-gpu",
+            model="early_exit_vit-tiny",
+            stages=(
+                Stage(
+                    samples=6_000_000,
+                    batch_size=512,
+                    learning_rate=2e-3,
+                    warmup_steps=500,
+                    frozen_stem_share=0.1,
+                    ema_decay=0.9995,
+                ),
+                Stage(samples=1_000_000, batch_size=512, learning_rate=2e-3, ema_decay=0.999),
+            ),
+            calibration_clips=CALIBRATION_CLIPS,
+            num_synthetic_clips=96,
         ),
         Recipe(
             name="early_exit_vit-smoke",
@@ -120,6 +191,7 @@ RECIPES: dict[str, Recipe] = {
                     ema_decay=0.9998,
                 ),
             ),
+            mix={"lasot": 1.0, "got10k": 1.0, "coco": 1.0, "trackingnet": 1.0},
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""A recipe on a training folder: decode it, render clips, join the processes, train.
+"""A recipe on sources of data: read them, render clips, join the processes, train.
 
 Beside what the loop keeps, a run's folder gets ``provenance.json`` (what the weights come from, for
 the bundle's manifest) and ``training.png``.
@@ -6,32 +6,33 @@ the bundle's manifest) and ``training.png``.
 
 import dataclasses
 import datetime
-import hashlib
+import functools
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from edgetrack.bundle import sha256_of
-from edgetrack.data.folder import Clip, read_training_pack
+from edgetrack.bundle import Bundle, sha256_of
+from edgetrack.data.folder import Clip, TrainingPack, read_training_pack
+from edgetrack.data.layouts import FOLDER, read_layout
+from edgetrack.data.pseudo_tracks import folder_digest, read_pseudo_tracks
 from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import CheckpointError
 from edgetrack.models.early_exit_vit import EarlyExitViT
 from edgetrack.models.published import load_shuffle_stem
-from edgetrack.models.registry import create_model
+from edgetrack.models.registry import load_fitting_weights
 from edgetrack.train.loop import LOG_NAME, Progress, fit
 from edgetrack.train.recipes import Recipe
 from edgetrack.train.sampling import PairSampler
 from edgetrack.viz import plot_training
 
-__all__ = ["read_provenance", "run_recipe"]
+__all__ = ["read_provenance", "read_sources", "run_recipe"]
 
 PROVENANCE_NAME = "provenance.json"
 _CLIP_FRAMES, _CLIP_WIDTH, _CLIP_HEIGHT = 24, 320, 240
@@ -41,43 +42,63 @@ _FIRST_CLIP_SEED = 1000
 
 def run_recipe(
     recipe: Recipe,
-    data: Path,
+    sources: Sequence[tuple[str, Path]],
     output: Path,
     *,
     stem: Path | None = None,
-    num_workers: int = 0,
+    start: Bundle | None = None,
+    pseudo_tracks: Path | None = None,
+    is_compiled: bool = False,
+    on_reading: Callable[[str, int, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> EarlyExitViT:
-    """Train a recipe on a folder, or go on with a run that was interrupted.
+    """Train a recipe, or go on with a run that was interrupted.
 
     Under ``torchrun`` every process calls this; the first one writes.
 
     Args:
         recipe: What to train.
-        data: Training folder (see ``data.folder``).
+        sources: Layout and root of each source of data (see ``data.layouts.parse_source``).
         output: Folder of the run.
         stem: Pretrained ShuffleNetV2 weights, ``.npz``.
-        num_workers: Processes per process that make pairs.
+        start: A bundle whose weights to start from, where names and shapes fit.
+        pseudo_tracks: Tracks in the videos of the first training folder, or of the folder that
+            holds the file, as ``edgetrack pseudolabel`` writes them.
+        is_compiled: Compile the step; for GPUs.
+        on_reading: Called with the name of a source and the numbers of its parts done and to do.
         on_progress: Called with every report, in the first process.
 
     Raises:
-        DataError: The folder holds nothing to train on.
-        CheckpointError: ``output`` holds another run, or ``stem`` does not fit.
+        DataError: A source holds nothing to train on, or is malformed.
+        CheckpointError: ``output`` holds another run, or ``stem`` or ``start`` does not fit.
+        TrainingError: The loss is not finite any more.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    cv2.setNumThreads(0)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     is_first = not dist.is_initialized() or dist.get_rank() == 0
-    crops = create_model(recipe.model).crops
-    pack = read_training_pack(data)
+    pack = read_sources(
+        sources,
+        pseudo_tracks=pseudo_tracks,
+        leave_out=recipe.calibration_clips,
+        on_reading=on_reading,
+    )
     clips = [_render(_FIRST_CLIP_SEED + k) for k in range(recipe.num_synthetic_clips)]
+    crops = recipe.create_model().crops
     if is_first and not (output / PROVENANCE_NAME).is_file():
-        _write_provenance(recipe, data, output, stem)
+        _write_provenance(recipe, sources, output, stem=stem, start=start, tracks=pseudo_tracks)
 
-    def sampler_of(seed: int, num_pairs: int) -> PairSampler:
+    def sampler_of(seed: int, batch_size: int, device: torch.device) -> PairSampler:
         return PairSampler(
-            pack, crops=crops, seed=seed, num_pairs=num_pairs, mix=recipe.mix, extra_clips=clips
+            pack,
+            crops=crops,
+            seed=seed,
+            batch_size=batch_size,
+            mix=recipe.mix,
+            extra_clips=clips,
+            device=device,
         )
 
     def initial(model: EarlyExitViT) -> None:
@@ -86,18 +107,65 @@ def run_recipe(
                              f"got {stem}")  # fmt: skip
         if stem is not None:
             load_shuffle_stem(model.backbone.stem, stem)
+        if start is not None:
+            load_fitting_weights(model, start)
 
     model = fit(
         recipe,
         sampler_of,
         output,
         initial=initial,
-        num_workers=num_workers,
+        is_compiled=is_compiled,
         on_progress=on_progress,
     )
     if is_first:
         plot_training(output / LOG_NAME, output / "training.png")
     return model
+
+
+def read_sources(
+    sources: Sequence[tuple[str, Path]],
+    *,
+    pseudo_tracks: Path | None = None,
+    leave_out: Collection[str] = (),
+    on_reading: Callable[[str, int, int], None] | None = None,
+) -> TrainingPack:
+    """Read all sources of a run into one pack; a layout's clips are a group of its name.
+
+    Args:
+        sources: Layout and root of each.
+        pseudo_tracks: See ``run_recipe``; they make the group ``pseudo``.
+        leave_out: Sets and clips of training folders that are not read.
+        on_reading: Called with the name of a source and the numbers of its parts done and to do.
+
+    Raises:
+        DataError: A source holds nothing to train on, or is malformed.
+    """
+    packs, groups = [], {}
+    for name, root in sources:
+        report = None if on_reading is None else functools.partial(on_reading, name)
+        if name == FOLDER:
+            packs.append(read_training_pack(root, leave_out=leave_out, on_progress=report))
+        else:
+            groups[name] = read_layout(name, root, on_progress=report)
+    if pseudo_tracks is not None:
+        folders = [root for name, root in sources if name == FOLDER]
+        own = pseudo_tracks.parent
+        root = own if (own / "videos").is_dir() or not folders else folders[0]
+        groups["pseudo"] = read_pseudo_tracks(pseudo_tracks, root)
+    return TrainingPack(
+        pictures={k: v for pack in packs for k, v in pack.pictures.items()},
+        clips={
+            **{
+                k: tuple(clip for pack in packs for clip in pack.clips.get(k, ()))
+                for pack in packs
+                for k in pack.clips
+            },
+            **groups,
+        },
+        cutouts=tuple(cutout for pack in packs for cutout in pack.cutouts),
+        backgrounds=tuple(image for pack in packs for image in pack.backgrounds),
+    )
 
 
 def read_provenance(run: Path) -> dict[str, Any]:
@@ -113,25 +181,40 @@ def read_provenance(run: Path) -> dict[str, Any]:
     return content
 
 
-def _write_provenance(recipe: Recipe, data: Path, output: Path, stem: Path | None) -> None:
+def _write_provenance(
+    recipe: Recipe,
+    sources: Sequence[tuple[str, Path]],
+    output: Path,
+    *,
+    stem: Path | None,
+    start: Bundle | None,
+    tracks: Path | None,
+) -> None:
     output.mkdir(parents=True, exist_ok=True)
+    files = {"stem": stem, "pseudo_tracks": tracks}
     content = {
         "recipe": dataclasses.asdict(recipe),
         "samples": [s.num_steps * s.batch_size for s in recipe.stages],
-        "data_digest": _digest(data),
-        "stem": None if stem is None else {"file": stem.name, "sha256": sha256_of(stem)},
-        "hardware": "CUDA" if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        # A published set has millions of files, and its name says enough.
+        "data": [
+            {"layout": name, "digest": folder_digest(root) if name == FOLDER else None}
+            for name, root in sources
+        ],
+        **{
+            k: None if file is None else {"file": file.name, "sha256": sha256_of(file)}
+            for k, file in files.items()
+        },
+        "start": None
+        if start is None
+        else {"bundle": start.name, "digest": start.digest, "provenance": dict(start.provenance)},
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} {platform.machine()} CPUs",
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
     (output / PROVENANCE_NAME).write_text(json.dumps(content, indent=1), "utf-8")
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 over the names and sizes of all files: tells one version of a folder from another."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    lines = [f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _render(seed: int) -> Clip:

@@ -115,8 +115,11 @@ class Bundle:
         crops: Crop sizes and factors.
         template: The graph that is run once per template.
         segments: The graphs that are run in order until one is sure enough.
-        operating_points: Name → thresholds on ``uncertainty``, one per exit but the last.
+        operating_points: Name → thresholds on the criterion, one per exit but the last.
         operating_point: The name of the default operating point.
+        criterion: What the thresholds are compared with (see ``runtime.policies``).
+        rules: How answers become the target's state: name → number (see ``runtime.target``); a
+            rule that is not named is off.
         provenance: How the weights came to be: data, recipe, samples seen, metrics.
         licence: A note on what the weights may be used for.
         files: File name → SHA-256 of its content.
@@ -132,6 +135,8 @@ class Bundle:
     segments: tuple[GraphSpec, ...]
     operating_points: Mapping[str, tuple[float, ...]]
     operating_point: str
+    criterion: str = "entropy"
+    rules: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     licence: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
@@ -225,13 +230,15 @@ class Bundle:
         Returns:
             The bundle with its hashes filled in.
         """
-        names = sorted(f.name for f in self.path.iterdir() if f.name != MANIFEST_NAME)
+        names = sorted(f.name for f in self.path.iterdir() if MANIFEST_NAME not in f.name)
         bundle = dataclasses.replace(self, files={n: sha256_of(self.path / n) for n in names})
         _check(bundle)
         manifest = dataclasses.asdict(bundle)
         del manifest["path"]
         text = json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1)
-        (self.path / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        partial = self.path / f".{MANIFEST_NAME}.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(self.path / MANIFEST_NAME)
         return bundle
 
 
@@ -321,6 +328,10 @@ def _parsed(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
             for k, v in points.items()
         },
         operating_point=_get(manifest, "operating_point", str),
+        criterion=_get(manifest, "criterion", str),
+        rules={
+            k: _typed(v, float, f"rule {k!r}") for k, v in _get(manifest, "rules", dict).items()
+        },
         provenance=_get(manifest, "provenance", dict),
         licence=_get(manifest, "licence", str),
         files={

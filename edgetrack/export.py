@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -43,6 +44,8 @@ def export_bundle(
     operating_point: str,
     provenance: Mapping[str, Any],
     licence: str,
+    criterion: str = "entropy",
+    rules: Mapping[str, float] = MappingProxyType({}),
 ) -> Bundle:
     """Write a bundle; a failed export leaves what was there before.
 
@@ -50,10 +53,12 @@ def export_bundle(
         model: The model; it is put into eval mode.
         output: The bundle's folder, replaced if it exists.
         name: ``<family>-<variant>`` or another readable name.
-        operating_points: Name → thresholds on ``uncertainty``, one per exit but the last.
+        operating_points: Name → thresholds on the criterion, one per exit but the last.
         operating_point: The default one.
         provenance: Data, recipe, samples seen, metrics: whatever JSON can hold.
         licence: What the weights may be used for.
+        criterion: What the thresholds are compared with (see ``runtime.policies``).
+        rules: How answers become the target's state (see ``runtime.target``).
 
     Raises:
         BundleError: A graph holds an operation that no engine of ours may hold, or ``output``
@@ -81,6 +86,8 @@ def export_bundle(
             segments=tuple(segments),
             operating_points={k: tuple(v) for k, v in operating_points.items()},
             operating_point=operating_point,
+            criterion=criterion,
+            rules=dict(rules),
             provenance=provenance,
             licence=licence,
         ).write()

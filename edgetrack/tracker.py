@@ -15,18 +15,16 @@ import numpy.typing as npt
 
 from edgetrack.backends import get_backend
 from edgetrack.backends.engine import Backend, Engine, find_engines
-from edgetrack.boxes import as_bbox_xywh, clip_xywh
+from edgetrack.boxes import as_bbox_xywh
 from edgetrack.bundle import Bundle
 from edgetrack.crops import Cropper, CropWindow
-from edgetrack.errors import FrameSizeError, TrackerStateError
+from edgetrack.errors import BundleFormatError, FrameSizeError, TrackerStateError
 from edgetrack.runtime.chain import Chain
 from edgetrack.runtime.policies import ExitPolicy
+from edgetrack.runtime.target import TargetRules, TargetState
 
 __all__ = ["TrackResult", "Tracker"]
 
-# OSTrack keeps this much of a box inside the frame.
-_CLIP_MARGIN_PX = 10
-_MIN_SIDE_PX = 2.0
 _NUM_WARM_UP_RUNS = 2
 
 
@@ -35,8 +33,9 @@ class TrackResult:
     """Where the target is in one frame.
 
     Attributes:
-        bbox: x, y, w, h in frame pixels, top-left origin.
+        bbox: x, y, w, h in frame pixels, top-left origin; a guess while the target is lost.
         score: Confidence in [0, 1].
+        is_lost: Whether the target counts as lost: unsure for some frames, and not found since.
         uncertainty: Normalised entropy of the box edges in [0, 1]; what the exit was decided by.
         exit_index: The exit that was taken, from 0.
         latency_ms: Time of this update, crop included.
@@ -44,6 +43,7 @@ class TrackResult:
 
     bbox: tuple[float, float, float, float]
     score: float
+    is_lost: bool
     uncertainty: float
     exit_index: int
     latency_ms: float
@@ -58,6 +58,7 @@ class Tracker:
         precision: ``None`` is the backend's own default.
         operating_point: A named pair of speed and accuracy of the bundle; ``None`` is its default.
         exit_policy: When to stop early, instead of the operating point.
+        rules: How answers become the target's state, instead of the bundle's own rules.
         engines: Folder where ``edgetrack build`` put engines. ONNX Runtime starts straight from
             the bundle if none are there.
         num_threads: Threads of a CPU backend; ``None`` lets it choose.
@@ -97,19 +98,27 @@ class Tracker:
         precision: str | None = None,
         operating_point: str | None = None,
         exit_policy: ExitPolicy | None = None,
+        rules: TargetRules | None = None,
         engines: str | os.PathLike[str] = "engines",
         num_threads: int | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         thresholds = self.bundle.thresholds(operating_point)
-        self.exit_policy = ExitPolicy(thresholds) if exit_policy is None else exit_policy
+        try:
+            own_policy = ExitPolicy(thresholds, self.bundle.criterion)
+            own_rules = TargetRules.of(self.bundle.rules)
+        except ValueError as error:
+            raise BundleFormatError(f"{self.bundle.path}: {error}; export it again") from error
+        self.exit_policy = own_policy if exit_policy is None else exit_policy
+        self.rules = own_rules if rules is None else rules
         chosen = get_backend(backend, num_threads=num_threads)
         self.backend = chosen.name
         self.precision = chosen.precisions[0] if precision is None else precision
         crops = self.bundle.crops
         self._template_cropper = Cropper(crops.template_size_px)
         self._search_cropper = Cropper(crops.search_size_px)
-        self._bbox: npt.NDArray[np.float32] | None = None
+        self._target: TargetState | None = None
+        self._window = CropWindow(0, 0, 1)
         self._frame_shape: tuple[int, ...] = ()
         self._num_frames = 0
         self._is_closed = False
@@ -147,7 +156,7 @@ class Tracker:
     @property
     def bbox(self) -> tuple[float, float, float, float] | None:
         """The current box, xywh in frame pixels; ``None`` before ``init``."""
-        return None if self._bbox is None else _as_tuple(self._bbox)
+        return None if self._target is None else _as_tuple(self._target.bbox_xywh)
 
     @property
     def stage_ms(self) -> dict[str, float]:
@@ -179,7 +188,8 @@ class Tracker:
         if "template_bbox_cxcywh" in buffers:
             buffers["template_bbox_cxcywh"][0] = window.to_crop(bbox_xywh)
         self._chain.run_template()
-        self._bbox, self._frame_shape, self._num_frames = bbox_xywh, frame.shape, 1
+        self._target = TargetState(bbox_xywh, frame_shape=frame.shape, rules=self.rules)
+        self._frame_shape, self._num_frames = frame.shape, 1
 
     def update(self, frame: npt.NDArray[np.uint8]) -> TrackResult:
         """Find the target in the next frame.
@@ -198,7 +208,7 @@ class Tracker:
         """
         started = time.perf_counter()
         self._require_open()
-        if self._bbox is None:
+        if self._target is None:
             raise TrackerStateError("tracker: expected init before update, got update; call init")
         frame = _checked(frame)
         if frame.shape != self._frame_shape:
@@ -207,25 +217,31 @@ class Tracker:
                 f"{frame.shape}; call init again on the new shape"
             )
         buffers = self._chain.buffers
-        window = CropWindow.around(self._bbox, factor=self.bundle.crops.search_factor)
-        self._search_cropper.crop(frame, window, out=buffers["search_region"][0])
+        self._window = self._target.search_window(self.bundle.crops.search_factor)
+        self._search_cropper.crop(frame, self._window, out=buffers["search_region"][0])
         self._crop_ms = (time.perf_counter() - started) * 1e3
         exit_index = self._chain.run(self.exit_policy)
         self._num_frames += 1
         score = float(buffers["score"][0])
-        with np.errstate(over="ignore", invalid="ignore"):
-            bbox_xywh = window.to_frame(buffers["bbox_cxcywh"][0])
-        if np.isfinite(bbox_xywh).all() and math.isfinite(score):
-            self._bbox = _settle(bbox_xywh, width_px=frame.shape[1], height_px=frame.shape[0])
-        else:
-            score = 0.0
+        answer_xywh = self.read_answer()
+        self._target.settle(answer_xywh, score)
+        is_sane = bool(np.isfinite(answer_xywh).all()) and math.isfinite(score)
         return TrackResult(
-            bbox=_as_tuple(self._bbox),
-            score=score,
+            bbox=_as_tuple(self._target.bbox_xywh),
+            score=score if is_sane else 0.0,
+            is_lost=self._target.is_lost,
             uncertainty=float(buffers["uncertainty"][0]),
             exit_index=exit_index,
             latency_ms=(time.perf_counter() - started) * 1e3,
         )
+
+    def read_answer(self) -> npt.NDArray[np.float32]:
+        """The box that the last exit gave, before any rule: x, y, w, h in frame pixels, ``(4,)``.
+
+        An exit policy may call it within ``should_exit``.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._window.to_frame(self._chain.buffers["bbox_cxcywh"][0])
 
     def close(self) -> None:
         """Free the engines; calling it twice is fine."""
@@ -299,17 +315,6 @@ def _checked(frame: Any) -> npt.NDArray[np.uint8]:
     if min(frame.strides) < 0:
         return np.ascontiguousarray(frame)
     return frame
-
-
-def _settle(
-    bbox_xywh: npt.NDArray[np.float32], *, width_px: int, height_px: int
-) -> npt.NDArray[np.float32]:
-    """Keep a box near the frame and of a size that can be cropped."""
-    clipped = clip_xywh(
-        bbox_xywh, width_px=width_px, height_px=height_px, margin_px=_CLIP_MARGIN_PX
-    )
-    clipped[2:] = np.maximum(clipped[2:], _MIN_SIDE_PX)
-    return clipped.astype(np.float32)
 
 
 def _as_tuple(bbox_xywh: npt.NDArray[np.float32]) -> tuple[float, float, float, float]:

@@ -19,6 +19,7 @@ from edgetrack.bundle import Bundle, GraphSpec
 from edgetrack.errors import (
     BackendUnavailableError,
     BundleError,
+    BundleFormatError,
     BundleTamperedError,
     EngineBuildError,
     EngineError,
@@ -26,6 +27,7 @@ from edgetrack.errors import (
     TrackerStateError,
 )
 from edgetrack.runtime.policies import ExitPolicy
+from edgetrack.runtime.target import TargetRules
 from edgetrack.tracker import Tracker, TrackResult
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -530,3 +532,54 @@ def test_engines_before_one_that_fails_are_freed(
 
     assert len(opened) == 3
     assert_closed(opened)
+
+
+def test_a_tracker_follows_the_rules_of_its_bundle_or_those_it_is_given(toy: Bundle) -> None:
+    with_rules = dataclasses.replace(toy, rules={"size_smoothing": 0.5})
+
+    with Tracker(with_rules) as tracker, Tracker(with_rules, rules=TargetRules.off()) as plain:
+        for one in (tracker, plain):
+            one.init(frame_with(), BBOX)
+        smoothed, own = (one.update(frame_with(side_px=80)).bbox for one in (tracker, plain))
+
+    assert tracker.rules == TargetRules(size_smoothing=0.5)
+    assert smoothed[2] == pytest.approx((BBOX[2] + own[2]) / 2, abs=1e-3)
+
+
+def test_an_unsure_target_is_reported_lost(toy: Bundle) -> None:
+    rules = TargetRules(unsure_score=0.99, lost_after=2)
+
+    with Tracker(toy, rules=rules) as tracker:
+        tracker.init(frame_with(), BBOX)
+        lost = [tracker.update(frame_with()).is_lost for _ in range(3)]
+
+    assert lost == [False, True, True]
+
+
+def test_an_unsure_target_is_looked_for_in_a_wider_window(toy: Bundle) -> None:
+    rules = TargetRules(unsure_score=0.99, patience=1, search_growth=2.0)
+    far = frame_with((160.0 + 120.0, 120.0), side_px=20)
+
+    with Tracker(toy, rules=rules) as tracker, Tracker(toy) as plain:
+        for one in (tracker, plain):
+            one.init(frame_with(), BBOX)
+            one.update(frame_with())
+        found, missed = (one.update(far).bbox for one in (tracker, plain))
+
+    assert found[0] + found[2] / 2 > 220
+    assert missed[0] + missed[2] / 2 < 180
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"criterion": "luck"}, "criterion: expected one of"),
+        ({"rules": {"growth": 1.0}}, "rules: expected names among"),
+        ({"rules": {"size_smoothing": 2.0}}, "size_smoothing: expected"),
+    ],
+)
+def test_a_bundle_with_unknown_rules_is_refused(
+    toy: Bundle, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BundleFormatError, match=message):
+        Tracker(dataclasses.replace(toy, **change))

@@ -23,7 +23,14 @@ import numpy.typing as npt
 
 from edgetrack.boxes import iou_xywh
 
-__all__ = ["Metrics", "mean_metrics", "score_boxes", "spearman_rho"]
+__all__ = [
+    "Metrics",
+    "bootstrap_interval",
+    "mean_metrics",
+    "roc_auc",
+    "score_boxes",
+    "spearman_rho",
+]
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -106,3 +113,48 @@ def _ranks(values: Float64Array) -> Float64Array:
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts - 1) / 2)[group], np.float64)
+
+
+def roc_auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """How well a number tells two kinds of frames apart: area under the ROC curve.
+
+    Args:
+        positive: The number on frames where it should be high.
+        negative: The number on the others.
+
+    Returns:
+        The chance that a positive exceeds a negative, ties counted half; NaN if one is empty.
+    """
+    if not len(positive) or not len(negative):
+        return math.nan
+    ordered = np.sort(np.asarray(negative, np.float64))
+    values = np.asarray(positive, np.float64)
+    below = np.searchsorted(ordered, values, side="left")
+    equal = np.searchsorted(ordered, values, side="right") - below
+    return float((below + equal / 2).mean() / len(ordered))
+
+
+def bootstrap_interval(
+    differences: npt.ArrayLike, *, seed: int, num_resamples: int = 10_000
+) -> tuple[float, float]:
+    """The 95 % interval of a mean, by drawing the sample again with replacement (percentiles).
+
+    Args:
+        differences: ``(N,)``, such as of one metric of two trackers, one per sequence.
+        seed: Of the drawing.
+        num_resamples: How often the sample is drawn.
+
+    Returns:
+        Its lower and its upper end.
+
+    Raises:
+        ValueError: There is no difference, or one is not finite.
+    """
+    values = np.asarray(differences, np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(
+            f"bootstrap_interval: expected at least one finite number (N,), got {values}"
+        )
+    drawn = np.random.default_rng(seed).integers(len(values), size=(num_resamples, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)

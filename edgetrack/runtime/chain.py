@@ -37,6 +37,7 @@ class Chain:
         for engine in engines:
             engine.bind(self.buffers)
         self._uncertainty = self.buffers["uncertainty"]
+        self._score = self.buffers["score"]
 
     def run_template(self) -> None:
         """Embed the template."""
@@ -55,7 +56,7 @@ class Chain:
             started = time.perf_counter()
             segment.enqueue()
             self.segment_ms[index] = (time.perf_counter() - started) * 1e3
-            if policy.should_exit(index, float(self._uncertainty[0])):
+            if policy.should_exit(index, float(self._uncertainty[0]), float(self._score[0])):
                 break
         self.run_ms = (time.perf_counter() - began) * 1e3
         return index

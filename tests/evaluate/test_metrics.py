@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from edgetrack.evaluate.metrics import Metrics, mean_metrics, score_boxes, spearman_rho
+from edgetrack.evaluate.metrics import (
+    Metrics,
+    bootstrap_interval,
+    mean_metrics,
+    roc_auc,
+    score_boxes,
+    spearman_rho,
+)
 
 METRICS = ("success_auc", "precision_20px", "norm_precision", "ao", "sr_50", "sr_75")
 
@@ -162,3 +169,37 @@ def test_spearman_leaves_out_pairs_with_nan() -> None:
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1], [1]), ([1, 2, 3], [5, 5, 5])])
 def test_spearman_is_nan_where_nothing_can_be_said(a: list[float], b: list[float]) -> None:
     assert math.isnan(spearman_rho(a, b))
+
+
+def test_roc_auc_counts_pairs_and_half_of_ties() -> None:
+    rng = np.random.default_rng(0)
+    positive, negative = rng.integers(0, 8, 40) / 8, rng.integers(0, 6, 30) / 8
+
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+
+    assert roc_auc(positive.tolist(), negative.tolist()) == pytest.approx(np.mean(pairs))
+    assert roc_auc([1.0, 2.0], [0.0]) == 1
+    assert math.isnan(roc_auc([], [0.5]))
+
+
+def test_the_bootstrap_interval_of_many_numbers_is_the_normal_one() -> None:
+    values = np.random.default_rng(0).normal(0.3, 2.0, 400)
+
+    interval = bootstrap_interval(values, seed=1)
+
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert_allclose(interval, [values.mean() - half, values.mean() + half], atol=0.05 * half)
+
+
+def test_the_bootstrap_interval_depends_on_its_seed_alone() -> None:
+    values = [0.1, -0.2, 0.05, 0.3]
+
+    first, again, other = (bootstrap_interval(values, seed=s, num_resamples=50) for s in (3, 3, 4))
+
+    assert first == again != other
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [[1.0]]])
+def test_the_bootstrap_interval_refuses_what_has_no_mean(values: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"bootstrap_interval: expected .* finite"):
+        bootstrap_interval(values, seed=0)

@@ -9,7 +9,7 @@ from edgetrack.runtime.policies import ExitPolicy
 
 def exit_taken(policy: ExitPolicy, uncertainties: Sequence[float]) -> int:
     """Where a chain stops whose exits are this unsure."""
-    return next(k for k, u in enumerate(uncertainties) if policy.should_exit(k, u))
+    return next(k for k, u in enumerate(uncertainties) if policy.should_exit(k, u, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,17 @@ def test_thresholds_that_mean_nothing_are_refused(threshold: float) -> None:
 def test_an_exit_that_is_not_there_is_refused(exit_index: int) -> None:
     with pytest.raises(ValueError, match=f"^exit_index: expected 0 to 2, got {exit_index}"):
         ExitPolicy.fixed(exit_index, num_exits=3)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "value"), [("entropy", 0.2), ("score", 0.4), ("combined", 0.3)]
+)
+def test_a_criterion_weighs_uncertainty_and_score(criterion: str, value: float) -> None:
+    for threshold, is_taken in ((value + 0.01, True), (value - 0.01, False)):
+        policy = ExitPolicy.below(threshold, criterion=criterion, num_exits=2)
+        assert policy.should_exit(0, 0.2, 0.6) is is_taken
+
+
+def test_an_unknown_criterion_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"criterion: expected one of .*entropy.* got 'luck'"):
+        ExitPolicy((0.5,), "luck")

@@ -1,0 +1,165 @@
+"""What every exit says on the same crops, and thresholds that are chosen from it.
+
+A tracker follows each sequence with its last exit; on every crop all exits are asked. From those
+records follow what a policy costs and what it is worth, without tracking again, and the operating
+points of a bundle: ``accurate``, ``balanced``, ``fast``.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrack.boxes import iou_xywh
+from edgetrack.bundle import Bundle
+from edgetrack.data.sequences import Sequence as TrackingSequence
+from edgetrack.runtime.policies import CRITERIA, ExitPolicy
+from edgetrack.tracker import Tracker
+
+__all__ = [
+    "ExitRecords",
+    "choose_operating_points",
+    "exits_taken",
+    "record_exits",
+]
+
+Float64Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.intp]
+
+# Mean IoU that a point may lose against always the last exit, and its share of full depth's cost.
+_MAX_LOSS = {"accurate": 0.002, "balanced": 0.008, "fast": 0.03}
+_MAX_COST = {"accurate": 1.0, "balanced": 0.60, "fast": 0.42}
+_MIN_SHARE = 0.12
+_NUM_QUANTILES = 41
+
+
+@dataclass(frozen=True)
+class ExitRecords:
+    """What all exits said on N crops.
+
+    Attributes:
+        iou: IoU with the truth ``(N, exits)``.
+        score: ``(N, exits)``.
+        uncertainty: ``(N, exits)``.
+        sequence: The number of the sequence that each crop comes from, ``(N,)``.
+        cost_ms: Median time of an update that stops at each exit, ``(exits,)``.
+    """
+
+    iou: Float64Array
+    score: Float64Array
+    uncertainty: Float64Array
+    sequence: IntArray
+    cost_ms: Float64Array
+
+    def criterion(self, name: str) -> Float64Array:
+        """What a policy compares with its thresholds, ``(N, exits)``; see ``policies.CRITERIA``."""
+        weight, score_weight = CRITERIA[name]
+        return weight * self.uncertainty + score_weight * (1 - self.score)
+
+
+@dataclass(frozen=True)
+class _Recorder(ExitPolicy):
+    """Never stops early, and keeps what each exit said."""
+
+    read_bbox: Callable[[], npt.NDArray[np.float32]] = field(kw_only=True)
+    answers: list[tuple[npt.NDArray[np.float32], float, float]] = field(
+        default_factory=list, kw_only=True
+    )
+
+    def should_exit(self, exit_index: int, uncertainty: float, score: float) -> bool:
+        self.answers.append((self.read_bbox(), score, uncertainty))
+        return super().should_exit(exit_index, uncertainty, score)
+
+
+def record_exits(
+    bundle: Bundle,
+    sequences: Iterable[TrackingSequence],
+    *,
+    on_progress: Callable[[str], None] | None = None,
+) -> ExitRecords:
+    """Track with the last exit and ask all exits on every crop with truth.
+
+    Args:
+        bundle: What to ask.
+        sequences: With truth.
+        on_progress: Called with the name of each sequence before it is tracked.
+
+    Raises:
+        ValueError: No frame after a first one has truth.
+    """
+    rows: list[list[tuple[float, float, float]]] = []
+    numbers: list[int] = []
+    stages_ms: list[list[float]] = []
+    with Tracker(bundle, exit_policy=ExitPolicy.always_last(num_exits=bundle.num_exits)) as tracker:
+        recorder = _Recorder(tracker.exit_policy.thresholds, read_bbox=tracker.read_answer)
+        tracker.exit_policy = recorder
+        for number, sequence in enumerate(sequences):
+            if on_progress is not None:
+                on_progress(sequence.name)
+            frames = sequence.frames()
+            tracker.init(next(frames), sequence.boxes_xywh[0].tolist())
+            for frame, truth in zip(frames, sequence.boxes_xywh[1:], strict=True):
+                recorder.answers.clear()
+                tracker.update(frame)
+                stages_ms.append(list(tracker.stage_ms.values())[: bundle.num_exits + 1])
+                if np.isfinite(truth).all():
+                    rows.append([(float(iou_xywh(b, truth)), s, u) for b, s, u in recorder.answers])
+                    numbers.append(number)
+    if not rows:
+        raise ValueError("record_exits: expected frames with truth, got none")
+    iou, score, uncertainty = np.moveaxis(np.array(rows, np.float64), -1, 0)
+    cost_ms = np.median(np.cumsum(stages_ms, axis=1), axis=0)[1:]  # the first stage is the crop
+    return ExitRecords(iou, score, uncertainty, np.array(numbers), cost_ms)
+
+
+def exits_taken(criterion: Float64Array, thresholds: Sequence[float] | Float64Array) -> IntArray:
+    """The exit that each of N crops takes, ``(N,)``.
+
+    Args:
+        criterion: ``(N, exits)``.
+        thresholds: One per exit but the last, or ``(..., exits - 1)`` that broadcasts with N.
+    """
+    stops = criterion[:, :-1] < np.asarray(thresholds)
+    return np.asarray(np.where(stops.any(1), stops.argmax(1), criterion.shape[1] - 1))
+
+
+def choose_operating_points(
+    records: ExitRecords, *, cost: Sequence[float] | Float64Array, criterion: str = "entropy"
+) -> Mapping[str, tuple[float, ...]]:
+    """Thresholds of three operating points, from records of sequences kept out of training.
+
+    ``accurate`` is the cheapest policy that loses at most 0.002 of mean IoU against always the
+    last exit; ``balanced`` loses at most 0.008 where it can, costs at most 0.60 of full depth, and
+    lets every exit take at least 12 % of the crops; ``fast`` is the best that costs at most 0.42.
+
+    Args:
+        records: What all exits said.
+        cost: Of running up to each exit, in any unit, rising.
+        criterion: What the thresholds are compared with; see ``policies.CRITERIA``.
+    """
+    values = records.criterion(criterion)
+    relative = np.asarray(cost, np.float64) / cost[-1]
+    num_exits = values.shape[1]
+    grid = [
+        np.unique(np.quantile(values[:, k], np.linspace(0, 1, _NUM_QUANTILES)))
+        for k in range(num_exits - 1)
+    ]
+    tried: list[tuple[tuple[float, ...], float, float, float]] = []
+    for thresholds in np.stack(np.meshgrid(*grid, indexing="ij"), -1).reshape(-1, num_exits - 1):
+        exits = exits_taken(values, thresholds)
+        shares = np.bincount(exits, minlength=num_exits) / len(exits)
+        loss = float((records.iou[:, -1] - records.iou[np.arange(len(exits)), exits]).mean())
+        tried.append(
+            (tuple(float(t) for t in thresholds), float(shares @ relative), loss, shares.min())
+        )
+    points: dict[str, tuple[float, ...]] = {}
+    for name, max_loss in _MAX_LOSS.items():
+        allowed = [t for t in tried if t[1] <= _MAX_COST[name]]
+        if name == "balanced":
+            allowed = [t for t in allowed if t[3] >= _MIN_SHARE] or allowed
+        allowed = allowed or [min(tried, key=lambda t: t[1])]
+        within = [t for t in allowed if t[2] <= max_loss]
+        best = min(within, key=lambda t: t[1]) if within else min(allowed, key=lambda t: t[2])
+        points[name] = best[0]
+    return points

@@ -1,0 +1,94 @@
+"""What the studies share: train a recipe and export it, unless that was done; score the result."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import edgetrack
+from edgetrack.bundle import Bundle
+from edgetrack.data.sequences import Sequence as LabelledSequence
+from edgetrack.evaluate.protocols import SequenceResult, evaluate_sequence
+from edgetrack.export import export_bundle
+from edgetrack.runtime.policies import ExitPolicy
+from edgetrack.train.recipes import Recipe
+from edgetrack.train.run import run_recipe
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def slug(name: str) -> str:
+    """The name as a folder is called."""
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def train_and_export(
+    recipe: Recipe,
+    sources: Sequence[tuple[str, Path]],
+    work: Path,
+    *,
+    label: str,
+    stem: Path | None = None,
+    start: Bundle | None = None,
+    pseudo_tracks: Path | None = None,
+) -> Path:
+    """Train and export a recipe in the folder of its name; the bundle, if that was done before.
+
+    Without pretrained weights nothing could be frozen, so the stem learns from the first step.
+
+    Raises:
+        CheckpointError: The folder holds a run with other settings.
+    """
+    if stem is None and start is None:
+        first, second = recipe.stages
+        first = dataclasses.replace(first, frozen_stem_share=0.0)
+        recipe = dataclasses.replace(recipe, stages=(first, second))
+    folder = work / recipe.name
+    bundle = folder / "bundle"
+    if (bundle / "manifest.json").is_file() and _is_of(folder, recipe):
+        return bundle
+
+    def show(progress: Any) -> None:
+        print(
+            f"\r{label:30s} stage {progress.stage} {progress.step}/{progress.num_steps} "
+            f"loss {progress.terms['loss']:.3f} {progress.samples_per_s:.0f}/s",
+            end="",
+            file=sys.stderr,
+        )
+
+    model = run_recipe(
+        recipe,
+        sources,
+        folder,
+        stem=stem,
+        start=start,
+        pseudo_tracks=pseudo_tracks,
+        on_progress=show,
+    )
+    print(file=sys.stderr)
+    export_bundle(
+        model,
+        bundle,
+        name="early_exit_vit-study",
+        operating_points={"balanced": (0.3,) * (model.num_exits - 1)},
+        operating_point="balanced",
+        provenance={},
+        licence="a study; not for use",
+    )
+    return bundle
+
+
+def score(
+    bundle: Bundle, policy: ExitPolicy, sequences: Sequence[LabelledSequence]
+) -> list[SequenceResult]:
+    """Track every sequence in closed loop, on one thread."""
+    with edgetrack.Tracker(bundle, exit_policy=policy, num_threads=1) as tracker:
+        return [evaluate_sequence(tracker, sequence) for sequence in sequences]
+
+
+def _is_of(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run's folder is of this very recipe; training refuses it if not."""
+    described = json.loads((folder / "recipe.json").read_text("utf-8"))
+    return bool(described == json.loads(json.dumps(dataclasses.asdict(recipe))))

@@ -36,7 +36,8 @@ HOMES = {
     "cv2": (
         *("crops.py", "frames.py", "viz.py"),
         *("data/folder.py", "data/sprites.py", "data/synthetic.py"),  # pictures are their matter
-        *("train/augment.py", "train/sampling.py", "train/run.py"),
+        *("data/lazy.py", "data/pseudo_tracks.py"),
+        *("train/image_store.py", "train/pseudo_tracks.py", "train/targets.py"),
     ),
     "matplotlib": ("viz.py",),
     "typer": ("cli/",),

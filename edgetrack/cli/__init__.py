@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from edgetrack.cli import author, build, inspect, measure, run
+from edgetrack.cli import author, build, inspect, measure, pseudolabel, run
 from edgetrack.errors import EdgeTrackError
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ for command in (
     run.demo,
     measure.bench,
     measure.evaluate,
+    pseudolabel.pseudolabel,
     author.train,
     author.export,
     inspect.inspect,

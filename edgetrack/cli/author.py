@@ -1,42 +1,70 @@
 """``edgetrack train`` and ``edgetrack export``: from data to a bundle."""
 
 import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
-from edgetrack.cli.options import progress_bar
+from edgetrack.cli.options import check_criterion, parse_rules, progress_bar
 from edgetrack.errors import BackendUnavailableError, DataError
 
 if TYPE_CHECKING:
+    from edgetrack.bundle import Bundle
+    from edgetrack.data.sequences import Sequence
     from edgetrack.train.loop import Progress
+    from edgetrack.train.recipes import Stage
 
 __all__ = ["export", "train"]
 
 _RESEARCH_LICENCE = "research data: research use"
+# What helps on the development set (see benchmarks/results/rules-*.json).
+DEFAULT_RULES = "unsure_score=0.4,patience=3,search_growth=1.4,lost_after=10,found_score=0.6"
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, such as early_exit_vit-tiny")],
-    data: Annotated[Path, typer.Option(help="Training folder")],
+    data: Annotated[
+        list[str],
+        typer.Option(help="Training folder, or LAYOUT=ROOT such as got10k=/data/GOT-10k; repeat"),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run [default: runs/RECIPE]")
     ] = None,
     stem: Annotated[Path | None, typer.Option(help="Pretrained ShuffleNetV2 stem, .npz")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Bundle whose weights to start from")
+    ] = None,
+    pseudo_tracks: Annotated[
+        Path | None, typer.Option(help="Tracks that edgetrack pseudolabel made")
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Weights of sources that replace the recipe's: got10k=2,coco=1"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's")] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Pairs of stage 1 and stage 2 instead of the recipe's: N,M")
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that share each batch (one GPU or core each)")
     ] = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Processes per process that make pairs")] = 0,
+    is_compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the step with torch.compile; for GPUs")
+    ] = False,
 ) -> None:
     """Train a model in two stages; the same command resumes an interrupted run.
 
     Example: edgetrack train early_exit_vit-tiny --data data/train --processes 2
     """
     with _author_side():
+        from edgetrack.bundle import Bundle
+        from edgetrack.data.layouts import FOLDER, parse_source
         from edgetrack.train.recipes import get_recipe
         from edgetrack.train.run import run_recipe
 
@@ -44,16 +72,29 @@ def train(
         chosen = get_recipe(recipe)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="RECIPE") from error
-    if not data.is_dir():
-        raise DataError(f"{data}: expected a training folder, got none; check --data")
+    if mix is not None:
+        chosen = dataclasses.replace(chosen, mix=_parse_mix(mix))
+    if seed is not None:
+        chosen = dataclasses.replace(chosen, seed=seed)
+    if samples is not None:
+        chosen = dataclasses.replace(chosen, stages=_with_samples(chosen.stages, samples))
+    sources = [parse_source(text) for text in data]
+    for name, root in sources:
+        if not root.is_dir():
+            kind = "training folder" if name == FOLDER else f"folder of {name} data"
+            raise DataError(f"{root}: expected a {kind}, got none; check --data")
     if stem is not None and not stem.is_file():
         raise typer.BadParameter(f"expected a file, got {stem}", param_hint="--stem")
+    start_bundle = None if start is None else Bundle.load(start)
     if processes > 1 and "RANK" not in os.environ:
         _relaunch(processes)
     folder = output or Path("runs") / recipe
     is_first = os.environ.get("RANK", "0") == "0"
     with progress_bar(is_shown=is_first) as bar:
         task = bar.add_task("reading data", total=None)
+
+        def show_reading(name: str, num_done: int, num_parts: int) -> None:
+            bar.update(task, description=f"reading {name}", completed=num_done, total=num_parts)
 
         def show(progress: "Progress") -> None:
             terms = "  ".join(f"{k} {progress.terms[k]:.3f}" for k in sorted(progress.terms)
@@ -66,20 +107,50 @@ def train(
             )
 
         try:
-            run_recipe(chosen, data, folder, stem=stem, num_workers=workers, on_progress=show)
+            run_recipe(
+                chosen,
+                sources,
+                folder,
+                stem=stem,
+                start=start_bundle,
+                pseudo_tracks=pseudo_tracks,
+                is_compiled=is_compiled,
+                on_reading=show_reading,
+                on_progress=show,
+            )
         except KeyboardInterrupt:
             typer.echo(f"interrupted: kept in {folder}; the same command goes on", err=True)
             raise typer.Exit(130) from None
     if is_first:
-        typer.echo(f"trained: {folder}; next: edgetrack export {folder} --output my_bundle")
+        typer.echo(
+            f"trained: {folder}; next: edgetrack export {folder} --output my_bundle "
+            "--calibrate DATA"
+        )
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a training run")],
     output: Annotated[Path, typer.Option(help="The bundle's folder, replaced if it exists")],
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Choose the operating points accurate, balanced and fast on the recipe's "
+            "calibration clips of this training folder, or on this folder of sequences"
+        ),
+    ] = None,
     point: Annotated[
         list[str] | None,
         typer.Option(help="Operating point name=t0,t1: thresholds per exit but the last; repeat"),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="What thresholds are compared with: entropy, score or combined")
+    ] = "entropy",
+    rules: Annotated[
+        str, typer.Option(help="How answers become the target's state: name=number,...")
+    ] = DEFAULT_RULES,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(help="Sequences to score every exit and operating point on, for the manifest"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name [default: the model's]")] = None,
     licence: Annotated[
@@ -88,13 +159,15 @@ def export(
 ) -> None:
     """Turn a training run into a bundle.
 
-    Example: edgetrack export runs/early_exit_vit-tiny --output my_bundle --point balanced=0.2,0.25
+    Example: edgetrack export runs/early_exit_vit-tiny --output my_bundle --calibrate data/train
     """
     with _author_side():
         from edgetrack.export import export_bundle
         from edgetrack.train.loop import load_trained
         from edgetrack.train.run import read_provenance
 
+    check_criterion(criterion)
+    target_rules = parse_rules(rules)
     model = load_trained(run)
     provenance = read_provenance(run)
     points = dict(_parse_point(p) for p in point or ())
@@ -105,20 +178,117 @@ def export(
                 f"{len(thresholds)}",
                 param_hint="--point",
             )
-    if not points:
-        points = {"balanced": (0.3,) * (model.num_exits - 1)}
-    with typer.progressbar(length=1, label="exporting", file=sys.stderr) as bar:
+    if points and calibrate is not None:
+        raise typer.BadParameter("expected it alone, got --point too", param_hint="--calibrate")
+    default = next(iter(points), "balanced")
+    sequences = _calibration_sequences(calibrate, provenance) if calibrate is not None else []
+    with progress_bar() as bar:
+        task = bar.add_task("exporting", total=None)
         bundle = export_bundle(
             model,
             output,
             name=name or provenance["recipe"]["model"],
-            operating_points=points,
-            operating_point=next(iter(points)),
+            operating_points=points or {"balanced": (0.3,) * (model.num_exits - 1)},
+            operating_point=default,
             provenance=provenance,
             licence=licence,
+            criterion=criterion,
+            rules=target_rules,
         )
-        bar.update(1)
+        if sequences:
+            bar.update(task, description="calibrating")
+            bundle = _calibrated(bundle, sequences)
+        if evaluate is not None:
+            bundle = _scored(bundle, evaluate, lambda t: bar.update(task, description=t))
+    for label, thresholds in bundle.operating_points.items():
+        typer.echo(f"{label}: stop below {', '.join(f'{t:.3f}' for t in thresholds)}")
     typer.echo(f"bundle: {bundle.path}; next: edgetrack build {bundle.path}")
+
+
+def _calibration_sequences(folder: Path, provenance: Mapping[str, Any]) -> "list[Sequence]":
+    """The recipe's calibration clips of a training folder, or the sequences of a folder."""
+    from edgetrack.data.sequences import read_sequence, read_sequences
+
+    clips = provenance["recipe"].get("calibration_clips", ())
+    if not (folder / "videos").is_dir():
+        return list(read_sequences(folder))
+    if not clips:
+        raise DataError(
+            f"{folder}: expected sequences, got a training folder, and the recipe kept none of its "
+            "clips out of training; name a folder of sequences that were not trained on"
+        )
+    return [read_sequence(folder / "videos" / clip) for clip in clips]
+
+
+def _calibrated(bundle: "Bundle", sequences: "list[Sequence]") -> "Bundle":
+    """The bundle with operating points chosen on these sequences."""
+    from edgetrack.evaluate.exits import choose_operating_points, exits_taken, record_exits
+
+    records = record_exits(bundle, sequences)
+    # Products, not times: the same run gives the same thresholds on every machine.
+    cost = np.cumsum([segment.macs for segment in bundle.segments], dtype=np.float64)
+    points = choose_operating_points(records, cost=cost, criterion=bundle.criterion)
+    values = records.criterion(bundle.criterion)
+    summary = {
+        "sequences": [s.name for s in sequences],
+        "num_frames": len(records.iou),
+        "mean_iou_per_exit": records.iou.mean(0).round(4).tolist(),
+        "shares": {
+            k: (np.bincount(exits_taken(values, t), minlength=bundle.num_exits) / len(values))
+            .round(3)
+            .tolist()
+            for k, t in points.items()
+        },
+    }
+    provenance = {**bundle.provenance, "calibration": summary}
+    changed = dataclasses.replace(bundle, operating_points=points, provenance=provenance)
+    return changed.write()
+
+
+def _scored(bundle: "Bundle", folder: Path, report: Callable[[str], Any]) -> "Bundle":
+    """The bundle with the metrics of every exit and operating point in its provenance."""
+    from edgetrack.data.sequences import read_sequences
+    from edgetrack.evaluate.metrics import mean_metrics
+    from edgetrack.evaluate.protocols import evaluate_sequence
+    from edgetrack.runtime.policies import ExitPolicy
+    from edgetrack.tracker import Tracker
+
+    count = bundle.num_exits
+    policies = {f"exit {k}": ExitPolicy.fixed(k, num_exits=count) for k in range(count)}
+    for label, thresholds in bundle.operating_points.items():
+        policies[label] = ExitPolicy(thresholds, bundle.criterion)
+    sequences = read_sequences(folder)
+    metrics = {}
+    for label, policy in policies.items():
+        report(f"scoring {label}")
+        with Tracker(bundle, exit_policy=policy) as tracker:
+            found = mean_metrics([evaluate_sequence(tracker, s).metrics for s in sequences])
+        metrics[label] = {k: round(v, 4) for k, v in dataclasses.asdict(found).items()}
+    scored = {"sequences": [s.name for s in sequences], "protocol": "ope", "metrics": metrics}
+    provenance = {**bundle.provenance, "evaluation": scored}
+    return dataclasses.replace(bundle, provenance=provenance).write()
+
+
+def _parse_mix(text: str) -> dict[str, float]:
+    try:
+        return {k: float(v) for k, _, v in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected name=weight,... such as got10k=2,coco=1, got {text!r}", param_hint="--mix"
+        ) from None
+
+
+def _with_samples(stages: "tuple[Stage, Stage]", text: str) -> "tuple[Stage, Stage]":
+    try:
+        first, second = (int(v) for v in text.split(","))
+        return (
+            dataclasses.replace(stages[0], samples=first),
+            dataclasses.replace(stages[1], samples=second),
+        )
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected two whole numbers of at least 1, N,M, got {text!r}", param_hint="--samples"
+        ) from None
 
 
 @contextlib.contextmanager

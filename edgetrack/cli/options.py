@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgetrack.errors import EngineNotFoundError
-from edgetrack.runtime.policies import ExitPolicy
+from edgetrack.runtime.policies import CRITERIA, ExitPolicy
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,12 +28,15 @@ __all__ = [
     "JsonOption",
     "OperatingPointOption",
     "PrecisionOption",
+    "RulesOption",
     "ThreadsOption",
     "ThresholdOption",
     "check_choices",
+    "check_criterion",
     "milliseconds",
     "open_tracker",
     "parse_bbox",
+    "parse_rules",
     "print_json",
     "print_table",
     "progress_bar",
@@ -57,14 +60,22 @@ OperatingPointOption = Annotated[
 ExitPolicyOption = Annotated[
     str | None,
     typer.Option(
-        help="entropy: stop below --threshold (or the operating point's); fixed: stop at exit "
-        "--threshold; always-last"
+        help="entropy, score or combined: stop where it is below --threshold (or the operating "
+        "point's); fixed: stop at exit --threshold; always-last"
     ),
 ]
 ThresholdOption = Annotated[
     str | None,
     typer.Option(
-        help="For entropy: one number or one per exit but the last (0.2,0.3); for fixed: the exit"
+        help="For a criterion: one number or one per exit but the last (0.2,0.3); for fixed: the "
+        "exit"
+    ),
+]
+RulesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How answers become the target's state, instead of the bundle's rules: "
+        "size_smoothing=0.35,search_growth=1.4; '' is none"
     ),
 ]
 ThreadsOption = Annotated[
@@ -103,6 +114,29 @@ def check_choices(backend: str, precision: str | None) -> None:
         )
 
 
+def check_criterion(name: str) -> None:
+    """An unknown criterion is wrong usage."""
+    if name not in CRITERIA:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(CRITERIA)}, got {name!r}", param_hint="--criterion"
+        )
+
+
+def parse_rules(text: str) -> dict[str, float]:
+    """``name=number,...`` → rules of the target; an empty text is none."""
+    from edgetrack.runtime.target import TargetRules
+
+    try:
+        parts = [part.partition("=") for part in text.split(",") if part]
+        values = {name: float(value) for name, _, value in parts}
+        TargetRules.of(values)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected name=number,..., got {text!r}: {error}", param_hint="--rules"
+        ) from error
+    return values
+
+
 def open_tracker(
     *,
     bundle: Path | None = None,
@@ -112,10 +146,12 @@ def open_tracker(
     operating_point: str | None = None,
     exit_policy: str | None = None,
     threshold: str | None = None,
+    rules: str | None = None,
     threads: int | None = None,
 ) -> "Tracker":
     """A tracker from the shared options."""
     from edgetrack.bundle import Bundle
+    from edgetrack.runtime.target import TargetRules
     from edgetrack.tracker import Tracker
 
     check_choices(backend, precision)
@@ -135,6 +171,7 @@ def open_tracker(
         precision=precision,
         operating_point=operating_point,
         exit_policy=_policy(loaded, exit_policy, threshold),
+        rules=None if rules is None else TargetRules.of(parse_rules(rules)),
         engines=engines,
         num_threads=threads,
     )
@@ -144,17 +181,18 @@ def _policy(bundle: "Bundle", name: str | None, threshold: str | None) -> ExitPo
     num_exits = bundle.num_exits
     if name is None and threshold is None:
         return None
-    name = name or "entropy"
+    name = name or bundle.criterion
     if name == "always-last":
         if threshold is not None:
             raise typer.BadParameter("expected none with always-last", param_hint="--threshold")
         return ExitPolicy.always_last(num_exits=num_exits)
-    if name not in ("entropy", "fixed"):
+    if name not in (*CRITERIA, "fixed"):
         raise typer.BadParameter(
-            f"expected entropy, fixed or always-last, got {name!r}", param_hint="--exit-policy"
+            f"expected {', '.join(CRITERIA)}, fixed or always-last, got {name!r}",
+            param_hint="--exit-policy",
         )
     if threshold is None:
-        if name == "entropy":
+        if name == bundle.criterion:
             return None
         raise typer.BadParameter("expected --threshold EXIT with it", param_hint="--exit-policy")
     try:
@@ -163,7 +201,8 @@ def _policy(bundle: "Bundle", name: str | None, threshold: str | None) -> ExitPo
                 raise ValueError(f"expected the number of an exit, got {threshold!r}")
             return ExitPolicy.fixed(int(threshold), num_exits=num_exits)
         values = [float(v) for v in threshold.split(",")]
-        return ExitPolicy.entropy(values[0] if len(values) == 1 else values, num_exits=num_exits)
+        thresholds = values[0] if len(values) == 1 else values
+        return ExitPolicy.below(thresholds, criterion=name, num_exits=num_exits)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--threshold") from error
 

@@ -17,6 +17,7 @@ from edgetrack.cli.options import (
     JsonOption,
     OperatingPointOption,
     PrecisionOption,
+    RulesOption,
     ThreadsOption,
     ThresholdOption,
     milliseconds,
@@ -61,6 +62,7 @@ def track(
     operating_point: OperatingPointOption = None,
     exit_policy: ExitPolicyOption = None,
     threshold: ThresholdOption = None,
+    rules: RulesOption = None,
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -83,6 +85,7 @@ def track(
         operating_point=operating_point,
         exit_policy=exit_policy,
         threshold=threshold,
+        rules=rules,
         threads=threads,
     ) as tracker:
         run = _follow(tracker, source, box, save=save, show=show, is_quiet=json)

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: a process, its output, its exit code."""
+"""Every command, as a person meets it."""
 
 import csv
 import json
@@ -11,16 +11,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from command_line import edgetrack
 from toy_bundle import write_toy_bundle
 
 from edgetrack.cli import app
 from edgetrack.data.synthetic import render_clip, write_clip
 from edgetrack.frames import read_frames
-
-
-def edgetrack(*args: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-W", "error", "-m", "edgetrack", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

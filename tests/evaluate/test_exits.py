@@ -59,10 +59,10 @@ def test_the_operating_points_keep_their_promises() -> None:
     assert cost < 0.9
     loss, cost, shares = outcome(records, points["balanced"])
     assert loss <= 0.05
-    assert cost <= 0.60
-    assert min(shares) >= 0.12
+    assert cost <= 0.70
+    assert min(shares) >= 0.2
     _, cost, _ = outcome(records, points["fast"])
-    assert cost <= 0.42
+    assert cost <= 0.50
 
 
 def test_exits_that_cost_nothing_to_leave_at_are_left_at() -> None:
@@ -71,7 +71,7 @@ def test_exits_that_cost_nothing_to_leave_at_are_left_at() -> None:
     points = choose_operating_points(records, cost=COST_MS)
 
     assert outcome(records, points["accurate"])[1] < 0.35
-    assert outcome(records, points["fast"])[1] < 0.35
+    assert outcome(records, points["fast"])[1] <= 0.50
 
 
 @pytest.mark.parametrize("criterion", ["score", "combined"])

@@ -41,7 +41,7 @@ def test_attention_is_fused_in_every_block(
     num_exits = len(ends)
     # A shallow exit's bypass branch holds one block of its own; an exit before any block has none.
     expected = {
-        f"segment_{k}": end - begin + (0 < end and k < num_exits - 1)
+        f"segment_{k}": end - begin + (end > 0 and k < num_exits - 1)
         for k, (begin, end) in enumerate(zip((0, *ends), ends, strict=False))
     }
 

@@ -54,7 +54,8 @@ class PseudoTrackSettings:
             [-1, 1]. It finds what both ways agree on wrongly: after a cut, something else in the
             same place. Truth of labelled clips lies below 0.2 in 0.6 % of the steps.
         max_area_ratio: Largest over smallest area of a track's boxes.
-        max_static_share: Share of a clip's tracks whose centre stays within a quarter of XX
+        max_static_share: Share of a clip's tracks whose centre stays within a quarter of its
+            side (the root of its area) from where it started.
         max_duplicate_iou: Mean overlap of two tracks in the frames that they share.
 
     Raises:

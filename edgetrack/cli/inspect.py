@@ -76,6 +76,8 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
                 "graphs": graphs,
                 "operating_points": dict(bundle.operating_points),
                 "operating_point": bundle.operating_point,
+                "criterion": bundle.criterion,
+                "rules": dict(bundle.rules),
                 "config": dict(bundle.config),
                 "provenance": dict(bundle.provenance),
                 "licence": bundle.licence,
@@ -95,7 +97,12 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
     typer.echo(f"paper: {bundle.paper}")
     for name, thresholds in bundle.operating_points.items():
         default = " (default)" if name == bundle.operating_point else ""
-        typer.echo(f"operating point {name}{default}: stop below {list(thresholds)}")
+        below = ", ".join(f"{t:.4g}" for t in thresholds)
+        typer.echo(
+            f"operating point {name}{default}: stop where {bundle.criterion} is below {below}"
+        )
+    rules = ", ".join(f"{name} {value:g}" for name, value in bundle.rules.items())
+    typer.echo(f"rules: {rules or 'none'}")
     typer.echo(f"licence: {bundle.licence}")
     _print_provenance(bundle.provenance)
 
@@ -134,8 +141,18 @@ def _inspect_engines(path: Path, *, as_json: bool) -> None:
 
 
 def _print_provenance(provenance: Any) -> None:
+    evaluation = provenance.get("evaluation", {})
     for key, value in provenance.items():
-        typer.echo(f"{key}: {value}")
+        if value is not evaluation:
+            typer.echo(f"{key}: {value}")
+    if metrics := evaluation.get("metrics"):
+        columns = ("stops", "success_auc", "precision_20px", "ao")
+        rows = [
+            (name, *(f"{row[column]:.3f}" for column in columns[1:]))
+            for name, row in metrics.items()
+        ]
+        title = f"{evaluation['protocol']}, {len(evaluation['sequences'])} sequences"
+        print_table(title, columns, rows)
 
 
 def _shape(tensor: Any) -> dict[str, Any]:

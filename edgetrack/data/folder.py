@@ -26,7 +26,15 @@ import numpy.typing as npt
 from edgetrack.boxes import iou_xywh
 from edgetrack.errors import DataError
 
-__all__ = ["Clip", "Cutout", "Picture", "TrainingPack", "read_training_pack"]
+__all__ = [
+    "Clip",
+    "Cutout",
+    "Picture",
+    "TrainingPack",
+    "is_sure",
+    "read_detections",
+    "read_training_pack",
+]
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
@@ -117,7 +125,7 @@ def read_training_pack(
     folders = [p.parent for p in sorted(root.glob("*/*/manifest.jsonl"))]
     folders += [p.parent for p in sorted(root.glob("videos/*/img"))]
     folders = [folder for folder in folders if folder.name not in leave_out]
-    detections = _read_detections(root / "videos" / "boxes.jsonl")
+    detections = read_detections(root / "videos" / "boxes.jsonl")
     found = _Found()
     for num_done, folder in enumerate(folders, start=1):
         if folder.parent.name != "videos":
@@ -152,7 +160,7 @@ class _Found:
 
     def add_set(self, folder: Path) -> None:
         """Add a set of pictures and its cutouts."""
-        detections = _read_detections(folder / "boxes.jsonl")
+        detections = read_detections(folder / "boxes.jsonl")
         pictures = []
         for line in _read_lines(folder / "manifest.jsonl"):
             row = _parse_row(line, folder / "manifest.jsonl")
@@ -186,7 +194,7 @@ class _Found:
     def _picture(self, folder: Path, row: "_Row", detections: Float32Array) -> Picture:
         image = _read_image(folder / row.image)
         objects = [o for o in row.objects if _is_worth_tracking(o, image)]
-        boxes = [o.bbox_xywh for o in objects] + [d[:4] for d in detections if _is_sure(d, image)]
+        boxes = [o.bbox_xywh for o in objects] + [d[:4] for d in detections if is_sure(d, image)]
         if objects and row.mask:
             mask = _read_mask(folder / row.mask, image)
             for o in objects:
@@ -248,7 +256,7 @@ def _link(detections: list[Float32Array], name: str, images: tuple[UInt8Array, .
     finished: list[dict[int, Float32Array]] = []
     alive: list[dict[int, Float32Array]] = []
     for index, found in enumerate(detections):
-        free = [d for d in found if _is_sure(d, images[index])]
+        free = [d for d in found if is_sure(d, images[index])]
         continued = []
         for track in alive:
             last = track[index - 1]
@@ -282,7 +290,8 @@ def _is_worth_tracking(found: _Object, image: UInt8Array) -> bool:
     return bool(found.num_border_pixels <= 10 and is_compact and share <= 0.35)
 
 
-def _is_sure(detection: Float32Array, image: UInt8Array) -> bool:
+def is_sure(detection: Float32Array, image: UInt8Array) -> bool:
+    """Whether a detection ``(6,)`` in a picture ``(H, W, 3)`` is worth tracking."""
     _, _, w, h, score = detection[:5]
     area = image.shape[0] * image.shape[1]
     return bool(score >= _MIN_SCORE and min(w, h) >= _MIN_SIDE_PX and w * h <= 0.9 * area)
@@ -315,7 +324,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: expected one JSON object per line, got: {error}") from error
 
 
-def _read_detections(path: Path) -> dict[str, Float32Array]:
+def read_detections(path: Path) -> dict[str, Float32Array]:
     """Picture name → detections ``(N, 6)``: x, y, w, h, score, class."""
     if not path.is_file():
         return {}

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetrack.data.folder import Clip, _is_sure, _read_detections
+from edgetrack.data.folder import Clip, is_sure, read_detections
 from edgetrack.errors import DataError, SourceError, package_missing
 from edgetrack.frames import image_paths, read_frames, read_image
 
@@ -92,7 +92,7 @@ class UnlabelledClip:
 
     def start_boxes(self, index: int, image: UInt8Array) -> Float32Array:
         """Detections to start from in a frame: boxes xywh ``(N, 4)``, the surest first."""
-        sure = [d for d in self.detections[index] if _is_sure(d, image)]
+        sure = [d for d in self.detections[index] if is_sure(d, image)]
         sure.sort(key=lambda d: -float(d[4]))
         return np.array([d[:4] for d in sure], np.float32).reshape(-1, 4)
 
@@ -131,7 +131,7 @@ def read_unlabelled_clips(root: Path, pattern: str = "*") -> tuple[UnlabelledCli
             f"{root}: expected clips videos/<clip>/img without groundtruth.txt named {pattern!r}, "
             f"got {len(folders)} clips, {len(named)} of that name; check the folder and the names"
         )
-    detections = _read_detections(root / "videos" / "boxes.jsonl")
+    detections = read_detections(root / "videos" / "boxes.jsonl")
     clips = []
     for folder in unlabelled:
         paths = tuple(image_paths(folder / "img"))

@@ -75,7 +75,7 @@ def last_answer(bundle: Bundle, inputs: dict[str, np.ndarray]) -> dict[str, np.n
         ((math.nan, math.nan, math.nan), ["0", "1", "2"]),
     ],
 )
-def test_segments_run_until_an_exit_is_sure(
+def test_segments_run_until_an_exitis_sure(
     toy: Bundle, uncertainties: tuple[float, ...], ran: list[str]
 ) -> None:
     chain, notes = scripted_chain(toy, uncertainties)

@@ -46,7 +46,7 @@ def test_a_size_changes_by_a_factor_at_most(answered: float, kept: float) -> Non
     assert target.bbox_xywh[0] + target.bbox_xywh[2] / 2 == pytest.approx(100 + answered / 2)
 
 
-def test_an_unsure_tracker_looks_wider_until_it_is_sure() -> None:
+def test_an_unsure_tracker_looks_wider_until_itis_sure() -> None:
     target = state(unsure_score=0.5, patience=2, search_growth=1.5)
     sides = []
     for score in (0.9, 0.4, 0.4, 0.6, 0.9):

@@ -286,6 +286,38 @@ def test_an_object_found_from_several_frames_gives_one_track() -> None:
     ]
 
 
+@pytest.mark.parametrize(("apart_px", "num_tracks"), [(2, 1), (12, 2)])
+def test_tracks_that_come_to_overlap_are_one(apart_px: int, num_tracks: int) -> None:
+    first = np.array(moving(20))
+    second = first.copy()
+    second[:, 0] += np.maximum(12 - 3 * np.arange(20), apart_px)  # IoU of 4 / 28 at the start
+
+    class OnPaths:
+        """Follows the path whose box it was started on; pixel (0, 0) tells the frame."""
+
+        def init(self, frame: Any, bbox: Any) -> None:
+            index = frame[0, 0, 1]
+            self.path = min((first, second), key=lambda path: abs(path[index] - bbox).sum())
+
+        def update(self, frame: Any) -> Any:
+            return self.path[frame[0, 0, 1]]
+
+    frames = [np.zeros((HEIGHT, WIDTH, 3), np.uint8) for _ in range(20)]
+    for index, frame in enumerate(frames):
+        frame[0, 0, 1] = index
+
+    tracks = find_pseudo_tracks(
+        OnPaths(),
+        frames,
+        lambda index, image: np.array([first[index], second[index]], np.float32),
+        clip="clip",
+        bundle="none",
+        settings=PseudoTrackSettings(min_frames=20),
+    )
+
+    assert len(tracks) == num_tracks
+
+
 def test_one_third_of_the_tracks_may_stand_still() -> None:
     tracks = found_by_shade(moving(20), moving(44), still(20, 80), still(60, 80), still(100, 80))
 

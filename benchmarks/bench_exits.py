@@ -18,7 +18,7 @@ import numpy as np
 
 from edgetrack.bundle import Bundle
 from edgetrack.data.sequences import read_sequences
-from edgetrack.evaluate.exits import ExitRecords, exits_taken, record_exits
+from edgetrack.evaluate.exits import ExitRecords, exit_shares, exits_taken, record_exits
 from edgetrack.evaluate.metrics import spearman_rho
 from edgetrack.runtime.policies import CRITERIA
 from edgetrack.viz import plot_curves
@@ -34,7 +34,7 @@ def sweep(records: ExitRecords, criterion: str) -> list[dict[str, Any]]:
     for quantile in np.linspace(0, 1, 41):
         thresholds = np.quantile(values[:, :-1], quantile, axis=0)
         exits = exits_taken(values, thresholds)
-        shares = np.bincount(exits, minlength=iou.shape[1]) / len(exits)
+        shares = exit_shares(exits, num_exits=iou.shape[1])
         points.append(
             {
                 "thresholds": thresholds.tolist(),
@@ -68,7 +68,7 @@ def main() -> None:
         taken = iou[np.arange(len(exits)), exits]
         points[name] = {
             "thresholds": list(thresholds),
-            "shares": (np.bincount(exits, minlength=bundle.num_exits) / len(exits)).tolist(),
+            "shares": exit_shares(exits, num_exits=bundle.num_exits).tolist(),
             "cost": float((records.cost_ms / records.cost_ms[-1])[exits].mean()),
             "iou": float(taken.mean()),
             "iou_of_frames_that_leave_at_exit_0": float(taken[exits == 0].mean()),

@@ -1,7 +1,6 @@
 """The tracker: ``init`` on a box, then ``update`` frame by frame."""
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -223,9 +222,7 @@ class Tracker:
         exit_index = self._chain.run(self.exit_policy)
         self._num_frames += 1
         score = float(buffers["score"][0])
-        answer_xywh = self.read_answer()
-        self._target.settle(answer_xywh, score)
-        is_sane = bool(np.isfinite(answer_xywh).all()) and math.isfinite(score)
+        is_sane = self._target.settle(self.read_answer(), score)
         return TrackResult(
             bbox=_as_tuple(self._target.bbox_xywh),
             score=score if is_sane else 0.0,

@@ -4,18 +4,16 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from edgetrack.cli.options import check_criterion, parse_rules, progress_bar
 from edgetrack.errors import BackendUnavailableError, DataError
 
 if TYPE_CHECKING:
-    from edgetrack.bundle import Bundle
     from edgetrack.data.sequences import Sequence
     from edgetrack.train.loop import Progress
     from edgetrack.train.recipes import Stage
@@ -161,6 +159,9 @@ def export(
 
     Example: edgetrack export runs/early_exit_vit-tiny --output my_bundle --calibrate data/train
     """
+    from edgetrack.data.sequences import read_sequences
+    from edgetrack.evaluate.exits import calibrate_exits, score_exits
+
     with _author_side():
         from edgetrack.export import export_bundle
         from edgetrack.train.loop import load_trained
@@ -197,9 +198,13 @@ def export(
         )
         if sequences:
             bar.update(task, description="calibrating")
-            bundle = _calibrated(bundle, sequences)
+            bundle = calibrate_exits(bundle, sequences)
         if evaluate is not None:
-            bundle = _scored(bundle, evaluate, lambda t: bar.update(task, description=t))
+            bundle = score_exits(
+                bundle,
+                read_sequences(evaluate),
+                on_progress=lambda name: bar.update(task, description=f"scoring {name}"),
+            )
     for label, thresholds in bundle.operating_points.items():
         typer.echo(f"{label}: stop below {', '.join(f'{t:.3f}' for t in thresholds)}")
     typer.echo(f"bundle: {bundle.path}; next: edgetrack build {bundle.path}")
@@ -218,55 +223,6 @@ def _calibration_sequences(folder: Path, provenance: Mapping[str, Any]) -> "list
             "clips out of training; name a folder of sequences that were not trained on"
         )
     return [read_sequence(folder / "videos" / clip) for clip in clips]
-
-
-def _calibrated(bundle: "Bundle", sequences: "list[Sequence]") -> "Bundle":
-    """The bundle with operating points chosen on these sequences."""
-    from edgetrack.evaluate.exits import choose_operating_points, exits_taken, record_exits
-
-    records = record_exits(bundle, sequences)
-    # Products, not times: the same run gives the same thresholds on every machine.
-    cost = np.cumsum([segment.macs for segment in bundle.segments], dtype=np.float64)
-    points = choose_operating_points(records, cost=cost, criterion=bundle.criterion)
-    values = records.criterion(bundle.criterion)
-    summary = {
-        "sequences": [s.name for s in sequences],
-        "num_frames": len(records.iou),
-        "mean_iou_per_exit": records.iou.mean(0).round(4).tolist(),
-        "shares": {
-            k: (np.bincount(exits_taken(values, t), minlength=bundle.num_exits) / len(values))
-            .round(3)
-            .tolist()
-            for k, t in points.items()
-        },
-    }
-    provenance = {**bundle.provenance, "calibration": summary}
-    changed = dataclasses.replace(bundle, operating_points=points, provenance=provenance)
-    return changed.write()
-
-
-def _scored(bundle: "Bundle", folder: Path, report: Callable[[str], Any]) -> "Bundle":
-    """The bundle with the metrics of every exit and operating point in its provenance."""
-    from edgetrack.data.sequences import read_sequences
-    from edgetrack.evaluate.metrics import mean_metrics
-    from edgetrack.evaluate.protocols import evaluate_sequence
-    from edgetrack.runtime.policies import ExitPolicy
-    from edgetrack.tracker import Tracker
-
-    count = bundle.num_exits
-    policies = {f"exit {k}": ExitPolicy.fixed(k, num_exits=count) for k in range(count)}
-    for label, thresholds in bundle.operating_points.items():
-        policies[label] = ExitPolicy(thresholds, bundle.criterion)
-    sequences = read_sequences(folder)
-    metrics = {}
-    for label, policy in policies.items():
-        report(f"scoring {label}")
-        with Tracker(bundle, exit_policy=policy) as tracker:
-            found = mean_metrics([evaluate_sequence(tracker, s).metrics for s in sequences])
-        metrics[label] = {k: round(v, 4) for k, v in dataclasses.asdict(found).items()}
-    scored = {"sequences": [s.name for s in sequences], "protocol": "ope", "metrics": metrics}
-    provenance = {**bundle.provenance, "evaluation": scored}
-    return dataclasses.replace(bundle, provenance=provenance).write()
 
 
 def _parse_mix(text: str) -> dict[str, float]:

@@ -53,11 +53,8 @@ def pseudolabel(
 
     Example: edgetrack pseudolabel data/train --output data/pseudo_tracks.jsonl --clips 'u_*'
     """
-    from edgetrack.data.pseudo_tracks import (
-        folder_digest,
-        read_unlabelled_clips,
-        write_pseudo_tracks,
-    )
+    from edgetrack.data.folder import folder_digest
+    from edgetrack.data.pseudo_tracks import read_unlabelled_clips, write_pseudo_tracks
     from edgetrack.train.pseudo_tracks import PseudoTrackSettings
 
     if output.is_dir() or not output.parent.is_dir():

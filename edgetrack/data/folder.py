@@ -12,6 +12,7 @@ A manifest line holds ``img``, perhaps ``mask``, and ``objects``: a list of ``{i
 line of ``boxes.jsonl`` holds ``img`` and ``boxes``: a list of ``[x, y, w, h, score, class]``.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "Cutout",
     "Picture",
     "TrainingPack",
+    "folder_digest",
     "is_sure",
     "read_detections",
     "read_training_pack",
@@ -147,6 +149,13 @@ def read_training_pack(
         cutouts=tuple(found.cutouts),
         backgrounds=tuple(found.backgrounds),
     )
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and sizes of all files, as in the provenance of a training run."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    lines = [f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class _Found:

@@ -12,7 +12,6 @@ pictures in ``videos/<clip>/img`` of a training folder (see ``data.folder``), so
 import datetime
 import fnmatch
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ __all__ = [
     "PseudoTrack",
     "UnlabelledClip",
     "extract_frames",
-    "folder_digest",
     "read_pseudo_tracks",
     "read_unlabelled_clips",
     "write_pseudo_tracks",
@@ -171,13 +169,6 @@ def extract_frames(
                 raise SourceError(f"{path}: expected to write a picture, got a refusal; make room")
             if on_progress:
                 on_progress(index, frames.num_frames)
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and sizes of all files, as in the provenance of a training run."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    lines = [f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def write_pseudo_tracks(

@@ -5,6 +5,7 @@ records follow what a policy costs and what it is worth, without tracking again,
 points of a bundle: ``accurate``, ``balanced``, ``fast``.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,14 +15,19 @@ import numpy.typing as npt
 from edgetrack.boxes import iou_xywh
 from edgetrack.bundle import Bundle
 from edgetrack.data.sequences import Sequence as TrackingSequence
+from edgetrack.evaluate.metrics import mean_metrics
+from edgetrack.evaluate.protocols import evaluate_sequence
 from edgetrack.runtime.policies import CRITERIA, ExitPolicy
 from edgetrack.tracker import Tracker
 
 __all__ = [
     "ExitRecords",
+    "calibrate_exits",
     "choose_operating_points",
+    "exit_shares",
     "exits_taken",
     "record_exits",
+    "score_exits",
 ]
 
 Float64Array = npt.NDArray[np.float64]
@@ -41,14 +47,12 @@ class ExitRecords:
         iou: IoU with the truth ``(N, exits)``.
         score: ``(N, exits)``.
         uncertainty: ``(N, exits)``.
-        sequence: The number of the sequence that each crop comes from, ``(N,)``.
         cost_ms: Median time of an update that stops at each exit, ``(exits,)``.
     """
 
     iou: Float64Array
     score: Float64Array
     uncertainty: Float64Array
-    sequence: IntArray
     cost_ms: Float64Array
 
     def criterion(self, name: str) -> Float64Array:
@@ -88,12 +92,11 @@ def record_exits(
         ValueError: No frame after a first one has truth.
     """
     rows: list[list[tuple[float, float, float]]] = []
-    numbers: list[int] = []
     stages_ms: list[list[float]] = []
     with Tracker(bundle, exit_policy=ExitPolicy.always_last(num_exits=bundle.num_exits)) as tracker:
         recorder = _Recorder(tracker.exit_policy.thresholds, read_bbox=tracker.read_answer)
         tracker.exit_policy = recorder
-        for number, sequence in enumerate(sequences):
+        for sequence in sequences:
             if on_progress is not None:
                 on_progress(sequence.name)
             frames = sequence.frames()
@@ -104,12 +107,11 @@ def record_exits(
                 stages_ms.append(list(tracker.stage_ms.values())[: bundle.num_exits + 1])
                 if np.isfinite(truth).all():
                     rows.append([(float(iou_xywh(b, truth)), s, u) for b, s, u in recorder.answers])
-                    numbers.append(number)
     if not rows:
         raise ValueError("record_exits: expected frames with truth, got none")
     iou, score, uncertainty = np.moveaxis(np.array(rows, np.float64), -1, 0)
     cost_ms = np.median(np.cumsum(stages_ms, axis=1), axis=0)[1:]  # the first stage is the crop
-    return ExitRecords(iou, score, uncertainty, np.array(numbers), cost_ms)
+    return ExitRecords(iou, score, uncertainty, cost_ms)
 
 
 def exits_taken(criterion: Float64Array, thresholds: Sequence[float] | Float64Array) -> IntArray:
@@ -121,6 +123,11 @@ def exits_taken(criterion: Float64Array, thresholds: Sequence[float] | Float64Ar
     """
     stops = criterion[:, :-1] < np.asarray(thresholds)
     return np.asarray(np.where(stops.any(1), stops.argmax(1), criterion.shape[1] - 1))
+
+
+def exit_shares(exits: IntArray, *, num_exits: int) -> Float64Array:
+    """Share of the crops that each exit takes, ``(num_exits,)``."""
+    return np.asarray(np.bincount(exits, minlength=num_exits) / len(exits))
 
 
 def choose_operating_points(
@@ -147,7 +154,7 @@ def choose_operating_points(
     tried: list[_Tried] = []
     for thresholds in np.stack(np.meshgrid(*grid, indexing="ij"), -1).reshape(-1, num_exits - 1):
         exits = exits_taken(values, thresholds)
-        shares = np.bincount(exits, minlength=num_exits) / len(exits)
+        shares = exit_shares(exits, num_exits=num_exits)
         loss = (records.iou[:, -1] - records.iou[np.arange(len(exits)), exits]).mean()
         tried.append(
             _Tried(
@@ -166,6 +173,67 @@ def choose_operating_points(
             allowed = [t for t in allowed if t.min_share >= _MIN_SHARE] or allowed
         points[name] = min(allowed or [cheapest], key=lambda t: t.loss)
     return {name: t.thresholds for name, t in points.items()}
+
+
+def calibrate_exits(bundle: Bundle, sequences: Sequence[TrackingSequence]) -> Bundle:
+    """Choose a bundle's operating points on sequences, and write them into its manifest.
+
+    Returns:
+        The bundle with ``accurate``, ``balanced`` and ``fast``, and in its provenance on what they
+        were chosen.
+
+    Raises:
+        ValueError: No frame after a first one has truth.
+    """
+    records = record_exits(bundle, sequences)
+    # Products, not times: the same run gives the same thresholds on every machine.
+    cost = np.cumsum([segment.macs for segment in bundle.segments], dtype=np.float64)
+    points = choose_operating_points(records, cost=cost, criterion=bundle.criterion)
+    values = records.criterion(bundle.criterion)
+    shares = {
+        name: exit_shares(exits_taken(values, thresholds), num_exits=bundle.num_exits)
+        for name, thresholds in points.items()
+    }
+    summary = {
+        "sequences": [s.name for s in sequences],
+        "num_frames": len(records.iou),
+        "mean_iou_per_exit": records.iou.mean(0).round(4).tolist(),
+        "shares": {name: share.round(3).tolist() for name, share in shares.items()},
+    }
+    provenance = {**bundle.provenance, "calibration": summary}
+    return dataclasses.replace(bundle, operating_points=points, provenance=provenance).write()
+
+
+def score_exits(
+    bundle: Bundle,
+    sequences: Sequence[TrackingSequence],
+    *,
+    on_progress: Callable[[str], object] | None = None,
+) -> Bundle:
+    """Score every exit and operating point of a bundle, and write that into its manifest.
+
+    Args:
+        bundle: What to score.
+        sequences: With truth.
+        on_progress: Called with the name of each policy before it is scored.
+
+    Returns:
+        The bundle with the mean metrics in its provenance.
+    """
+    count = bundle.num_exits
+    policies = {f"exit {k}": ExitPolicy.fixed(k, num_exits=count) for k in range(count)}
+    for name, thresholds in bundle.operating_points.items():
+        policies[name] = ExitPolicy(thresholds, bundle.criterion)
+    metrics = {}
+    for name, policy in policies.items():
+        if on_progress is not None:
+            on_progress(name)
+        with Tracker(bundle, exit_policy=policy) as tracker:
+            found = mean_metrics([evaluate_sequence(tracker, s).metrics for s in sequences])
+        metrics[name] = {k: round(v, 4) for k, v in dataclasses.asdict(found).items()}
+    scored = {"sequences": [s.name for s in sequences], "protocol": "ope", "metrics": metrics}
+    provenance = {**bundle.provenance, "evaluation": scored}
+    return dataclasses.replace(bundle, provenance=provenance).write()
 
 
 @dataclass(frozen=True)

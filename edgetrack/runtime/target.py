@@ -126,13 +126,16 @@ class TargetState:
             bbox_xywh = self._beside(factor)
         return CropWindow.around(bbox_xywh, factor=factor)
 
-    def settle(self, answer_xywh: Float32Array, score: float) -> None:
+    def settle(self, answer_xywh: Float32Array, score: float) -> bool:
         """Take in what the network said of the window that ``search_window`` gave.
 
         Args:
             answer_xywh: Float32 ``(4,)``, frame pixels; one with a NaN or infinity counts as
                 unsure and changes nothing else.
             score: In [0, 1].
+
+        Returns:
+            Whether box and score are finite.
         """
         rules = self._rules
         is_sane = bool(np.isfinite(answer_xywh).all()) and math.isfinite(score)
@@ -147,6 +150,7 @@ class TargetState:
         if is_taken:
             hold = max(rules.size_smoothing, rules.size_hold if is_unsure else 0.0)
             self.bbox_xywh = self._in_frame(self._smoothed(answer_xywh, size_smoothing=hold))
+        return is_sane
 
     @property
     def _looks_beside(self) -> bool:

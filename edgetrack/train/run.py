@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from edgetrack.bundle import Bundle, sha256_of
-from edgetrack.data.folder import Clip, TrainingPack, read_training_pack
+from edgetrack.data.folder import Clip, TrainingPack, folder_digest, read_training_pack
 from edgetrack.data.layouts import FOLDER, read_layout
-from edgetrack.data.pseudo_tracks import folder_digest, read_pseudo_tracks
+from edgetrack.data.pseudo_tracks import read_pseudo_tracks
 from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import CheckpointError
 from edgetrack.models.early_exit_vit import EarlyExitViT

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from edgetrack.data.folder import folder_digest
 from edgetrack.data.pseudo_tracks import (
     PseudoTrack,
     extract_frames,
-    folder_digest,
     read_pseudo_tracks,
     read_unlabelled_clips,
     write_pseudo_tracks,

@@ -27,9 +27,7 @@ def records_of(*, gain: float, seed: int = 0, count: int = 2000) -> ExitRecords:
     uncertainty = np.clip(
         0.3 + 0.3 * hard[:, None] * (1 - steps) + 0.03 * rng.standard_normal((count, 3)), 0.01, 1
     )
-    return ExitRecords(
-        iou, 1 - uncertainty / 2, uncertainty, np.zeros(count, int), np.array(COST_MS)
-    )
+    return ExitRecords(iou, 1 - uncertainty / 2, uncertainty, np.array(COST_MS))
 
 
 def outcome(

@@ -130,10 +130,11 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a training run")],
     output: Annotated[Path, typer.Option(help="The bundle's folder, replaced if it exists")],
     calibrate: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Choose the operating points accurate, balanced and fast on the recipe's "
-            "calibration clips of this training folder, or on this folder of sequences"
+            "calibration clips of this training folder, on this folder of sequences, or on "
+            "LAYOUT:SPLIT=ROOT such as got10k:val=/data/GOT-10k"
         ),
     ] = None,
     point: Annotated[
@@ -210,10 +211,14 @@ def export(
     typer.echo(f"bundle: {bundle.path}; next: edgetrack build {bundle.path}")
 
 
-def _calibration_sequences(folder: Path, provenance: Mapping[str, Any]) -> "list[Sequence]":
-    """The recipe's calibration clips of a training folder, or the sequences of a folder."""
+def _calibration_sequences(source: str, provenance: Mapping[str, Any]) -> "list[Sequence]":
+    """The recipe's calibration clips of a training folder, or the sequences of another source."""
+    from edgetrack.data.layouts import FOLDER, parse_source, read_layout_sequences
     from edgetrack.data.sequences import read_sequence, read_sequences
 
+    layout, folder = parse_source(source)
+    if layout != FOLDER:
+        return read_layout_sequences(layout, folder)
     clips = provenance["recipe"].get("calibration_clips", ())
     if not (folder / "videos").is_dir():
         return list(read_sequences(folder))

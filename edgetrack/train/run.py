@@ -141,13 +141,16 @@ def read_sources(
     Raises:
         DataError: A source holds nothing to train on, or is malformed.
     """
-    packs, groups = [], {}
+    packs: list[TrainingPack] = []
+    groups: dict[str, tuple[Clip, ...]] = {}
     for name, root in sources:
         report = None if on_reading is None else functools.partial(on_reading, name)
         if name == FOLDER:
             packs.append(read_training_pack(root, leave_out=leave_out, on_progress=report))
         else:
-            groups[name] = read_layout(name, root, on_progress=report)
+            clips = read_layout(name, root, on_progress=report)
+            group = name.partition(":")[0]
+            groups[group] = groups.get(group, ()) + clips
     if pseudo_tracks is not None:
         folders = [root for name, root in sources if name == FOLDER]
         own = pseudo_tracks.parent

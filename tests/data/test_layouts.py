@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from frame_folders import frame_indices, write_frames
 
-from edgetrack.data.layouts import FOLDER, LAYOUTS, parse_source, read_layout
+from edgetrack.data.layouts import FOLDER, LAYOUTS, parse_source, read_layout, read_layout_sequences
 from edgetrack.errors import DataError
 
 
@@ -26,6 +26,28 @@ def test_a_layout_is_read_by_its_name(tmp_path: Path) -> None:
     assert calls == [(1, 1)]
 
 
+def test_a_split_is_read_as_sequences_from_the_first_box_on(tmp_path: Path) -> None:
+    for split, boxes in (("train", "1,2,3,4"), ("val", "5,6,7,8")):
+        write_frames(tmp_path / split / "a", ["00000001.jpg", "00000002.jpg", "00000003.jpg"])
+        (tmp_path / split / "list.txt").write_text("a\n")
+        (tmp_path / split / "a" / "groundtruth.txt").write_text(f"{boxes}\n" * 3)
+        (tmp_path / split / "a" / "absence.label").write_text("1\n0\n0\n")
+
+    (sequence,) = read_layout_sequences("got10k:val", tmp_path)
+
+    assert sequence.boxes_xywh.tolist() == [[5, 6, 7, 8]] * 2
+    assert [path.name for path in sequence.frame_paths] == ["00000002.jpg", "00000003.jpg"]
+
+
+def test_still_pictures_are_no_sequences(tmp_path: Path) -> None:
+    write_frames(tmp_path / "TRAIN_3" / "frames" / "a", ["0.jpg"])
+    (tmp_path / "TRAIN_3" / "anno").mkdir()
+    (tmp_path / "TRAIN_3" / "anno" / "a.txt").write_text("1,2,3,4\n")
+
+    with pytest.raises(DataError, match="expected videos with boxes in the layout trackingnet"):
+        read_layout_sequences("trackingnet", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["imagenet", "", FOLDER])
 def test_an_unknown_layout_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"layout: expected coco, got10k, .* got"):
@@ -35,7 +57,7 @@ def test_an_unknown_layout_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_split_that_a_layout_lacks_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=rf"{name}: expected split .*train.*, got 'Train'; choose"):
-        read_layout(name, tmp_path, split="Train")
+        read_layout(f"{name}:Train", tmp_path)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -62,6 +84,7 @@ def test_a_root_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
     ("text", "source"),
     [
         ("got10k=/datasets/GOT-10k", ("got10k", Path("/datasets/GOT-10k"))),
+        ("got10k:val=/datasets/GOT-10k", ("got10k:val", Path("/datasets/GOT-10k"))),
         ("coco=a=b", ("coco", Path("a=b"))),
         ("data/train", (FOLDER, Path("data/train"))),
         ("./a=b", (FOLDER, Path("a=b"))),

@@ -111,7 +111,7 @@ class EarlyExitViTConfig:
             if getattr(self, name) % 16:
                 raise ValueError(f"{name}: expected a multiple of 16, got {getattr(self, name)}")
         is_rising = list(self.exit_after) == sorted({*self.exit_after})
-        lowest = 0 if self.correlation_dim and len(self.exit_after) > 1 else 1
+        lowest = 0 if self.correlation_dim else 1
         if not is_rising or not self.exit_after or self.exit_after[0] < lowest:
             raise ValueError(
                 f"exit_after: expected rising block counts from {lowest}, got {self.exit_after}"

@@ -167,7 +167,9 @@ def fit(
     (output / "recipe.json").write_text(json.dumps(described, indent=1), "utf-8")
     if not dist.is_initialized() or dist.get_rank() == 0:
         _drop_unsaved(output / LOG_NAME, saved)
-    for number, stage in enumerate(recipe.stages, 1):
+    # A model with one exit has no shallow ones for the second stage.
+    stages = recipe.stages if model.num_exits > 1 else recipe.stages[:1]
+    for number, stage in enumerate(stages, 1):
         if saved is not None and saved["stage"] > number:
             continue
         run = _StageRun(recipe, stage, number, model, output, described)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgetrack.build import build
 from edgetrack.bundle import Bundle
 from edgetrack.errors import EdgeTrackError
+from edgetrack.runtime.frame_source import GpuFrame
 from edgetrack.runtime.policies import ExitPolicy
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "Bundle",
     "EdgeTrackError",
     "ExitPolicy",
+    "GpuFrame",
     "TrackResult",
     "Tracker",
     "build",

@@ -9,12 +9,15 @@
     │   ├── EngineMismatchError  it was built by another version or for another device
     │   └── EngineBuildError     the compiler refused the graph, or there was no room
     ├── BackendUnavailableError  the backend is unknown or not installed
+    ├── DeviceError              a GPU is not there, or a call of its driver failed
+    │   └── DeviceMemoryError    it has too little free memory
     ├── SourceError              a video, folder or camera cannot be read, or a video written
     │   ├── SourceEndedError     it ended before its own frame count said so
     │   └── FrameSizeError       its frames change size
     ├── TrackerStateError        a call came too early, or after close
     ├── DataError                a data set is missing or malformed
-    └── CheckpointError          weights do not fit the model
+    ├── CheckpointError          weights do not fit the model
+    └── TrainingError            training went wrong
 
 Bad arguments raise ``ValueError`` or ``TypeError``. Every message has the form
 *where: expected X, got Y; do Z*.
@@ -27,6 +30,8 @@ __all__ = [
     "BundleTamperedError",
     "CheckpointError",
     "DataError",
+    "DeviceError",
+    "DeviceMemoryError",
     "EdgeTrackError",
     "EngineBuildError",
     "EngineError",
@@ -44,6 +49,9 @@ _INSTALL_HINTS = {
     "cv2": "run: pip install 'edgetrack[opencv]', or on a Jetson make the venv with "
     "--system-site-packages to get the system's own OpenCV",
     "matplotlib": "run: pip install 'edgetrack[plot]'",
+    "pycuda": "run: pip install 'edgetrack[cuda]', which compiles it with the CUDA toolkit; on a "
+    "Jetson first run: export PATH=/usr/local/cuda/bin:$PATH CPATH=/usr/local/cuda/include "
+    "LIBRARY_PATH=/usr/local/cuda/lib64",
 }
 
 
@@ -81,6 +89,14 @@ class EngineBuildError(EngineError):
 
 class BackendUnavailableError(EdgeTrackError):
     """The backend is unknown, or its package is not installed."""
+
+
+class DeviceError(EdgeTrackError):
+    """A GPU is not there, or a call of its driver failed."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A GPU has too little free memory."""
 
 
 class SourceError(EdgeTrackError):

@@ -2,50 +2,25 @@
 
 import contextlib
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetrack.backends import get_backend
-from edgetrack.backends.engine import Backend, Engine, find_engines
+from edgetrack.backends.engine import Backend, DeviceEngine, Engine, find_engines
 from edgetrack.boxes import as_bbox_xywh
 from edgetrack.bundle import Bundle
-from edgetrack.crops import Cropper, CropWindow
 from edgetrack.errors import BundleFormatError, FrameSizeError, TrackerStateError
-from edgetrack.runtime.chain import Chain
+from edgetrack.runtime.host_loop import HostLoop
+from edgetrack.runtime.loop import EXIT_DECISIONS, Loop, PendingResult, TrackResult
 from edgetrack.runtime.policies import ExitPolicy
-from edgetrack.runtime.target import TargetRules, TargetState
+from edgetrack.runtime.target import TargetRules
 
-__all__ = ["TrackResult", "Tracker"]
-
-_NUM_WARM_UP_RUNS = 2
-
-
-@dataclass(frozen=True)
-class TrackResult:
-    """Where the target is in one frame.
-
-    Attributes:
-        bbox: x, y, w, h in frame pixels, top-left origin; a guess while the target is lost.
-        score: Confidence in [0, 1].
-        is_lost: Whether the target counts as lost: unsure for some frames, and not found since.
-        uncertainty: Normalised entropy of the box edges in [0, 1]; what the exit was decided by.
-        exit_index: The exit that was taken, from 0.
-        latency_ms: Time of this update, crop included.
-    """
-
-    bbox: tuple[float, float, float, float]
-    score: float
-    is_lost: bool
-    uncertainty: float
-    exit_index: int
-    latency_ms: float
+__all__ = ["EXIT_DECISIONS", "PendingResult", "TrackResult", "Tracker"]
 
 
 class Tracker:
@@ -53,7 +28,7 @@ class Tracker:
 
     Args:
         bundle: A bundle or its folder; ``None`` is the one that ships.
-        backend: ``auto``, ``onnxruntime``, ``eager``, ``tensorrt`` or ``tensorrt-rtx``.
+        backend: One of ``edgetrack.backends.BACKEND_NAMES``, or a backend of your own.
         precision: ``None`` is the backend's own default.
         operating_point: A named pair of speed and accuracy of the bundle; ``None`` is its default.
         exit_policy: When to stop early, instead of the operating point.
@@ -61,11 +36,18 @@ class Tracker:
         engines: Folder where ``edgetrack build`` put engines. ONNX Runtime starts straight from
             the bundle if none are there.
         num_threads: Threads of a CPU backend; ``None`` lets it choose.
+        device: Number of the CUDA device, for backends that run on one.
+        exit_decision: Who decides to stop, on a CUDA device: ``device`` (one CUDA graph per frame),
+            ``flag`` (the host reads a flag after each segment) or ``host`` (it waits for each
+            segment, and times it); ``auto`` is the first of them that works here. On a CPU it is
+            ``host``.
 
     Raises:
         BundleError: The bundle is missing, damaged or too new.
-        BackendUnavailableError: The backend is unknown or not installed.
+        BackendUnavailableError: The backend is unknown or not installed, or has no GPU to run on.
+        DeviceError: The GPU refused something, such as memory.
         EngineError: Its engines are missing, or were built for something else.
+        TypeError: The policy decides in Python, which ``device`` and ``flag`` cannot ask.
         ValueError: The bundle has no such operating point, or the policy does not fit it.
 
     Attributes:
@@ -75,6 +57,7 @@ class Tracker:
         engines_path: Folder of the built engines; ``None`` where it started from the bundle.
 
     After an exception in ``update`` the tracker keeps its last box; call ``init`` to start afresh.
+    Trackers are independent of each other; each may be used from any thread, by one at a time.
 
     Example:
         >>> import edgetrack
@@ -93,14 +76,20 @@ class Tracker:
         self,
         bundle: "Bundle | str | os.PathLike[str] | None" = None,
         *,
-        backend: str = "auto",
+        backend: str | Backend = "auto",
         precision: str | None = None,
         operating_point: str | None = None,
         exit_policy: ExitPolicy | None = None,
         rules: TargetRules | None = None,
         engines: str | os.PathLike[str] = "engines",
         num_threads: int | None = None,
+        device: int = 0,
+        exit_decision: str = "auto",
     ) -> None:
+        if exit_decision not in EXIT_DECISIONS:
+            raise ValueError(
+                f"exit_decision: expected one of {EXIT_DECISIONS}, got {exit_decision!r}"
+            )
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         thresholds = self.bundle.thresholds(operating_point)
         try:
@@ -108,27 +97,20 @@ class Tracker:
             own_rules = TargetRules.of(self.bundle.rules)
         except ValueError as error:
             raise BundleFormatError(f"{self.bundle.path}: {error}; export it again") from error
-        self.exit_policy = own_policy if exit_policy is None else exit_policy
         self.rules = own_rules if rules is None else rules
-        chosen = get_backend(backend, num_threads=num_threads)
+        policy = self._fitting(own_policy if exit_policy is None else exit_policy)
+        chosen = backend
+        if isinstance(chosen, str):
+            chosen = get_backend(chosen, num_threads=num_threads, device=device)
         self.backend = chosen.name
         self.precision = chosen.precisions[0] if precision is None else precision
-        crops = self.bundle.crops
-        self._template_cropper = Cropper(crops.template_size_px)
-        self._search_cropper = Cropper(crops.search_size_px)
-        self._target: TargetState | None = None
-        self._window = CropWindow(0, 0, 1)
+        load = _Loader(self.bundle, chosen, precision=self.precision, root=Path(engines))
+        self._loop = _open_loop(load, self.rules, exit_decision, policy, device=device)
+        self.engines_path = load.path
+        self._exit_policy = policy
         self._frame_shape: tuple[int, ...] = ()
         self._num_frames = 0
         self._is_closed = False
-        self._crop_ms = 0.0
-        with contextlib.ExitStack() as opened:
-            loaded, self.engines_path = _load_engines(
-                self.bundle, chosen, precision=self.precision, root=Path(engines), opened=opened
-            )
-            self._chain = Chain(self.bundle, loaded)
-            self._warm_up()
-            opened.pop_all()  # all went well: from here on ``close`` frees them
 
     @property
     def exit_policy(self) -> ExitPolicy:
@@ -141,56 +123,56 @@ class Tracker:
 
     @exit_policy.setter
     def exit_policy(self, policy: ExitPolicy) -> None:
-        if not isinstance(policy, ExitPolicy):
-            raise TypeError(
-                f"exit_policy: expected an ExitPolicy, got {policy!r}; see edgetrack.ExitPolicy"
-            )
-        if len(policy.thresholds) != self.bundle.num_exits - 1:
-            raise ValueError(
-                f"exit_policy: expected {self.bundle.num_exits - 1} thresholds for "
-                f"{self.bundle.name}, got {len(policy.thresholds)}"
-            )
+        self._fitting(policy)
+        self._loop.check_policy(policy)
         self._exit_policy = policy
 
     @property
-    def bbox(self) -> tuple[float, float, float, float] | None:
-        """The current box, xywh in frame pixels; ``None`` before ``init``."""
-        return None if self._target is None else _as_tuple(self._target.bbox_xywh)
+    def exit_decision(self) -> str:
+        """Who decides to stop: ``device``, ``flag`` or ``host``."""
+        return self._loop.exit_decision
 
     @property
-    def stage_ms(self) -> dict[str, float]:
-        """Time of the last update: ``crop``, each ``segment_<k>`` that ran, ``decide``."""
-        segments = self._chain.segment_ms
-        ran = {f"segment_{k}": float(ms) for k, ms in enumerate(segments) if ms == ms}
-        decide = self._chain.run_ms - sum(ran.values())
-        return {"crop": self._crop_ms, **ran, "decide": decide}
+    def gpu_memory_bytes(self) -> int:
+        """Device memory of this tracker's buffers and frames, engines not counted; 0 on a CPU."""
+        return self._loop.memory_bytes
 
-    def init(self, frame: npt.NDArray[np.uint8], bbox: Sequence[float]) -> None:
+    @property
+    def bbox(self) -> tuple[float, float, float, float] | None:
+        """The last box that is known, xywh in frame pixels; ``None`` before ``init``."""
+        bbox_xywh = self._loop.bbox
+        return None if bbox_xywh is None else _as_tuple(bbox_xywh)
+
+    @property
+    def stage_ms(self) -> Mapping[str, float]:
+        """Time of the last update: ``crop``, each ``segment_<k>`` that ran, ``decide``.
+
+        On a CUDA device that is GPU time, and only known where ``exit_decision`` is ``host``.
+        """
+        return self._loop.stage_ms
+
+    def init(self, frame: Any, bbox: Sequence[float]) -> None:
         """Start on a frame.
 
         Args:
             frame: uint8; ``(H, W, 3)`` BGR, ``(H, W)`` or ``(H, W, 1)`` grey, ``(H, W, 4)`` BGRA.
+                On a CUDA device also a ``GpuFrame``, or an array that lies there already: whatever
+                has ``__cuda_array_interface__`` or DLPack (PyCUDA, CuPy, torch); it is not copied.
             bbox: The target: x, y, w, h in pixels.
 
         Raises:
-            TypeError: The frame is not a uint8 array.
+            TypeError: The frame is not a uint8 array, or lies on another device.
             ValueError: Its shape is wrong, or the box is not a finite box that overlaps it.
             TrackerStateError: The tracker was closed.
+            DeviceError: The GPU failed, or has too little memory for such frames.
         """
         self._require_open()
-        frame = _checked(frame)
+        frame = self._loop.check(frame)
         height, width = frame.shape[:2]
-        bbox_xywh = as_bbox_xywh(bbox, width_px=width, height_px=height)
-        buffers = self._chain.buffers
-        window = CropWindow.around(bbox_xywh, factor=self.bundle.crops.template_factor)
-        self._template_cropper.crop(frame, window, out=buffers["template"][0])
-        if "template_bbox_cxcywh" in buffers:
-            buffers["template_bbox_cxcywh"][0] = window.to_crop(bbox_xywh)
-        self._chain.run_template()
-        self._target = TargetState(bbox_xywh, frame_shape=frame.shape, rules=self.rules)
+        self._loop.start(frame, as_bbox_xywh(bbox, width_px=width, height_px=height))
         self._frame_shape, self._num_frames = frame.shape, 1
 
-    def update(self, frame: npt.NDArray[np.uint8]) -> TrackResult:
+    def update(self, frame: Any) -> TrackResult:
         """Find the target in the next frame.
 
         Args:
@@ -202,49 +184,54 @@ class Tracker:
 
         Raises:
             TrackerStateError: ``init`` was not called, or the tracker was closed.
-            TypeError: The frame is not a uint8 array.
+            TypeError: The frame is not a uint8 array, or lies on another device.
             FrameSizeError: The frame's shape differs from that of ``init``.
+            DeviceError: The GPU failed.
         """
-        started = time.perf_counter()
+        return self.update_async(frame).result()
+
+    def update_async(self, frame: Any) -> PendingResult:
+        """Hand in the next frame without waiting for the answer.
+
+        On a CUDA device this returns at once, so that the next frame can be decoded meanwhile; at
+        most four frames are under way, and the next call waits for the oldest. On a CPU the work
+        is done before it returns.
+
+        Args:
+            frame: As in ``update``; one in device memory must not be written to before its result
+                is there.
+
+        Returns:
+            What ``result()`` is asked of, in any order, and as often as one likes.
+
+        Raises:
+            TrackerStateError, TypeError, FrameSizeError, DeviceError: As ``update``.
+        """
         self._require_open()
-        if self._target is None:
+        if not self._frame_shape:
             raise TrackerStateError("tracker: expected init before update, got update; call init")
-        frame = _checked(frame)
+        frame = self._loop.check(frame)
         if frame.shape != self._frame_shape:
             raise FrameSizeError(
                 f"frame {self._num_frames}: expected shape {self._frame_shape} as at init, got "
                 f"{frame.shape}; call init again on the new shape"
             )
-        buffers = self._chain.buffers
-        self._window = self._target.search_window(self.bundle.crops.search_factor)
-        self._search_cropper.crop(frame, self._window, out=buffers["search_region"][0])
-        self._crop_ms = (time.perf_counter() - started) * 1e3
-        exit_index = self._chain.run(self.exit_policy)
+        pending = self._loop.submit(frame, self._exit_policy)
         self._num_frames += 1
-        score = float(buffers["score"][0])
-        is_sane = self._target.settle(self.read_answer(), score)
-        return TrackResult(
-            bbox=_as_tuple(self._target.bbox_xywh),
-            score=score if is_sane else 0.0,
-            is_lost=self._target.is_lost,
-            uncertainty=float(buffers["uncertainty"][0]),
-            exit_index=exit_index,
-            latency_ms=(time.perf_counter() - started) * 1e3,
-        )
+        return pending
 
     def read_answer(self) -> npt.NDArray[np.float32]:
         """The box that the last exit gave, before any rule: x, y, w, h in frame pixels, ``(4,)``.
 
         An exit policy may call it within ``should_exit``.
         """
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self._window.to_frame(self._chain.buffers["bbox_cxcywh"][0])
+        return self._loop.read_answer()
 
     def close(self) -> None:
         """Free the engines; calling it twice is fine."""
         if not self._is_closed:
             self._is_closed = True
-            self._chain.close()
+            self._loop.close()
 
     def __enter__(self) -> "Tracker":
         self._require_open()
@@ -258,60 +245,76 @@ class Tracker:
     ) -> None:
         self.close()
 
-    def _warm_up(self) -> None:
-        """Run every engine, so that the first update is not slow."""
-        policy = ExitPolicy.always_last(num_exits=self.bundle.num_exits)
-        for _ in range(_NUM_WARM_UP_RUNS):
-            self._chain.run_template()
-            self._chain.run(policy)
+    def _fitting(self, policy: ExitPolicy) -> ExitPolicy:
+        """A policy, refused if it is none, or not of this bundle."""
+        if not isinstance(policy, ExitPolicy):
+            raise TypeError(
+                f"exit_policy: expected an ExitPolicy, got {policy!r}; see edgetrack.ExitPolicy"
+            )
+        if len(policy.thresholds) != self.bundle.num_exits - 1:
+            raise ValueError(
+                f"exit_policy: expected {self.bundle.num_exits - 1} thresholds for "
+                f"{self.bundle.name}, got {len(policy.thresholds)}"
+            )
+        return policy
 
     def _require_open(self) -> None:
         if self._is_closed:
             raise TrackerStateError("tracker: expected an open one, got a closed one; make another")
 
 
-def _load_engines(
-    bundle: Bundle,
-    backend: Backend,
-    *,
-    precision: str,
-    root: Path,
-    opened: contextlib.ExitStack,
-) -> tuple[list[Engine], Path | None]:
-    """Engines that were built for this bundle here, else straight from its graphs.
+class _Loader:
+    """Loads the engines that were built for a bundle here, else compiles its graphs in memory.
 
-    Each is entered into ``opened``, so that those before one that fails are freed.
+    Attributes:
+        path: Folder of the built engines; ``None`` if there are none.
     """
-    key = backend.key(model=bundle.name, bundle_digest=bundle.digest, precision=precision)
-    built = find_engines(root, key, graphs=[graph.name for graph in bundle.graphs])
-    engines: list[Engine] = []
-    for graph in bundle.graphs:
-        if built is None:
-            engine = backend.load_onnx(bundle.graph_path(graph), graph)
-        else:
-            engine = backend.load(built.path / built.graphs[graph.name].file, graph)
-        opened.callback(engine.close)
-        engines.append(engine)
-    return engines, None if built is None else built.path
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, precision: str, root: Path) -> None:
+        self.bundle, self.backend = bundle, backend
+        key = backend.key(model=bundle.name, bundle_digest=bundle.digest, precision=precision)
+        self._built = find_engines(root, key, graphs=[graph.name for graph in bundle.graphs])
+        self.path = None if self._built is None else self._built.path
+
+    def __call__(self, opened: contextlib.ExitStack) -> list[Engine | DeviceEngine]:
+        """All engines; each is entered into ``opened``, so that one that fails frees the others."""
+        engines: list[Engine | DeviceEngine] = []
+        for graph in self.bundle.graphs:
+            if self._built is None:
+                engine = self.backend.load_onnx(self.bundle.graph_path(graph), graph)
+            else:
+                file = self._built.graphs[graph.name].file
+                engine = self.backend.load(self._built.path / file, graph)
+            opened.callback(engine.close)
+            engines.append(engine)
+        return engines
 
 
-def _checked(frame: Any) -> npt.NDArray[np.uint8]:
-    """A frame that OpenCV can read."""
-    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
-        if not isinstance(frame, np.ndarray):
-            got, hint = type(frame).__name__, "pass frames as OpenCV or read_frames gives them"
-        else:
-            got, hint = f"dtype {frame.dtype}", "scale it to 0..255 and convert"
-        raise TypeError(f"frame: expected a uint8 array, got {got}; {hint}")
-    channels = frame.shape[2] if frame.ndim == 3 else 1
-    if frame.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in frame.shape:
-        raise ValueError(
-            "frame: expected shape (H, W, 3) BGR, (H, W) or (H, W, 1) grey, or (H, W, 4) BGRA, "
-            f"got {frame.shape}"
+def _open_loop(
+    load: _Loader, rules: TargetRules, exit_decision: str, policy: ExitPolicy, *, device: int
+) -> Loop:
+    """What runs the frames: on the backend's device; the loop frees the engines."""
+    if load.backend.runs_on == "cuda":
+        # Needs PyCUDA.
+        from edgetrack.runtime.device_loop import open_device_loop
+
+        return open_device_loop(
+            load.bundle,
+            load,
+            rules=rules,
+            exit_decision=exit_decision,
+            policy=policy,
+            device=device,
         )
-    if min(frame.strides) < 0:
-        return np.ascontiguousarray(frame)
-    return frame
+    if exit_decision not in ("auto", "host"):
+        raise ValueError(
+            f"exit_decision: expected 'auto' or 'host' for backend {load.backend.name!r}, which "
+            f"runs on the CPU, got {exit_decision!r}"
+        )
+    with contextlib.ExitStack() as opened:
+        loop = HostLoop(load.bundle, cast("list[Engine]", load(opened)), rules=rules)
+        opened.pop_all()  # all went well: from here on ``close`` frees them
+    return loop
 
 
 def _as_tuple(bbox_xywh: npt.NDArray[np.float32]) -> tuple[float, float, float, float]:

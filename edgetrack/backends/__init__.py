@@ -53,6 +53,7 @@ _PACKAGES: Mapping[str, _Package] = {
         "run: pip install onnxruntime",
     ),
     "eager": _Package("torch", ("torch",), 'run: pip install "edgetrack[train]"'),
+    "torch-cuda": _Package("torch", ("torch",), "install a CUDA build of torch (see pytorch.org)"),
     "tensorrt": _Package(
         "tensorrt",
         ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
@@ -67,12 +68,13 @@ _PACKAGES: Mapping[str, _Package] = {
 BACKEND_NAMES = ("auto", *_PACKAGES)
 
 
-def get_backend(name: str, *, num_threads: int | None = None) -> "Backend":
+def get_backend(name: str, *, num_threads: int | None = None, device: int = 0) -> "Backend":
     """Make a backend by its name.
 
     Args:
         name: One of ``BACKEND_NAMES``; ``auto`` is the best that can build and run here.
         num_threads: CPU threads per graph (``onnxruntime`` only); ``None`` lets it choose.
+        device: Number of the CUDA device, for backends that use one.
 
     Raises:
         BackendUnavailableError: There is no such backend, or its package is not installed.
@@ -93,6 +95,10 @@ def get_backend(name: str, *, num_threads: int | None = None) -> "Backend":
         from edgetrack.backends.eager import EagerBackend
 
         return EagerBackend()
+    if chosen == "torch-cuda":
+        from edgetrack.backends.eager import TorchCudaBackend
+
+        return TorchCudaBackend(device)
     from edgetrack.backends.trt import TensorRTBackend
 
     return TensorRTBackend("tensorrt" if chosen == "tensorrt" else "tensorrt-rtx")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from edgetrack.bundle import GraphSpec, sha256_of
 from edgetrack.errors import EngineMismatchError, EngineNotFoundError
@@ -21,7 +21,16 @@ from edgetrack.errors import EngineMismatchError, EngineNotFoundError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Backend", "Buffers", "BuiltGraph", "Engine", "EngineKey", "EngineSet", "find_engines"]
+__all__ = [
+    "Backend",
+    "Buffers",
+    "BuiltGraph",
+    "DeviceEngine",
+    "Engine",
+    "EngineKey",
+    "EngineSet",
+    "find_engines",
+]
 
 SIDECAR_NAME = "engines.json"
 
@@ -51,6 +60,35 @@ class Engine(Protocol):
         """Free what it holds; calling it twice is fine."""
 
 
+class DeviceEngine(Protocol):
+    """One compiled graph that runs on a CUDA device, in the primary context.
+
+    Attributes:
+        dtypes: Tensor name → NumPy's name of the type that this engine reads or writes; tokens of
+            an FP16 plan are ``float16`` whatever the manifest says.
+        scratch_bytes: Memory that it needs while it runs. Engines that run one after another share
+            one such block.
+    """
+
+    dtypes: Mapping[str, str]
+    scratch_bytes: int
+
+    def bind_device(self, addresses: Mapping[str, int], *, scratch: int, stream: int) -> None:
+        """Read and write device memory at these addresses, by tensor name, from now on.
+
+        Args:
+            addresses: Tensor name → device address; other names are ignored.
+            scratch: Device address of at least ``scratch_bytes``.
+            stream: A stream for what has to run once before work can be captured.
+        """
+
+    def enqueue_on(self, stream: int) -> None:
+        """Run once, in stream order; the stream may be capturing a graph."""
+
+    def close(self) -> None:
+        """Free what it holds; calling it twice is fine."""
+
+
 class Backend(Protocol):
     """One way to compile and run graphs.
 
@@ -58,9 +96,12 @@ class Backend(Protocol):
         name: Its name on the command line.
         precisions: What it can build.
         engine_suffix: File suffix of its engines.
+        runs_on: Where its engines run; ``load`` gives an ``Engine`` on ``cpu`` and a
+            ``DeviceEngine`` on ``cuda``, where the primary context must be current.
     """
 
     name: str
+    runs_on: Literal["cpu", "cuda"]
     precisions: tuple[str, ...]
     engine_suffix: str
 
@@ -85,10 +126,10 @@ class Backend(Protocol):
             EngineBuildError: The compiler refused the graph.
         """
 
-    def load(self, engine_path: Path, graph: GraphSpec) -> Engine:
+    def load(self, engine_path: Path, graph: GraphSpec) -> Engine | DeviceEngine:
         """Load an engine that ``compile`` wrote."""
 
-    def load_onnx(self, onnx_path: Path, graph: GraphSpec) -> Engine:
+    def load_onnx(self, onnx_path: Path, graph: GraphSpec) -> Engine | DeviceEngine:
         """Compile a graph in memory, where the backend can do that at once.
 
         Raises:

@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-__all__ = ["LayerRow", "layer_table", "make_log", "read_layer_table", "write_layer_table"]
+__all__ = ["LayerRow", "layer_table", "read_layer_table", "write_layer_table"]
 
 _PRODUCT_TYPES = frozenset({"gemm", "runtime_fusion", "correlation", "conv"})
 _FIRST_LINE = "Layers:"
@@ -64,24 +63,6 @@ def layer_table(log_lines: Iterable[str]) -> tuple[LayerRow, ...]:
         return ()
     table = text[start + len(_FIRST_LINE) :].partition(_END)[0]
     return tuple(_row(line) for line in table.splitlines() if line.startswith("Name: "))
-
-
-def make_log(trt: Any) -> Any:
-    """A logger that keeps ``errors`` and the messages that hold layer ``tables``."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the bindings are untyped
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.tables: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif message.startswith("Layers:"):
-                self.tables.append(message)
-
-    return Log()
 
 
 def read_layer_table(engine_path: Path) -> tuple[LayerRow, ...]:

@@ -11,7 +11,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgetrack.backends import import_package, installed_version
 from edgetrack.backends.engine import Buffers, EngineKey
@@ -36,6 +36,7 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
+    runs_on: Literal["cpu", "cuda"] = "cpu"
     precisions: tuple[str, ...] = ("fp32",)
     engine_suffix = ".onnx"
 

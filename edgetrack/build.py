@@ -59,6 +59,7 @@ def build(
     *,
     backend: str = "auto",
     precision: str | None = None,
+    device: int = 0,
     output: str | os.PathLike[str] = "engines",
     force: bool = False,
     on_progress: OnProgress | None = None,
@@ -71,20 +72,21 @@ def build(
         bundle: The bundle, or its folder; ``None`` is the one that ships.
         backend: A backend's name; ``auto`` is the best that can build and run here.
         precision: ``fp32``, ``fp16`` or ``int8``; ``None`` is ``fp16`` where the backend has it.
+        device: Number of the CUDA device to build for, on backends that use one.
         output: The folder that holds engine folders.
         force: Compile even what is up to date.
         on_progress: Called as the build goes on; never called if all is up to date.
 
     Raises:
         ValueError: The backend has no such precision; the message says why.
-        BackendUnavailableError: The backend is unknown or not installed.
+        BackendUnavailableError: The backend is unknown or not installed, or finds no GPU.
         BundleError: The bundle cannot be read.
-        EngineBuildError: The compiler refused a graph, or ``output`` has no room for it.
+        EngineBuildError: The compiler refused a graph, or memory or room in ``output`` ran out.
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-    compiler = get_backend(backend)
+    compiler = get_backend(backend, device=device)
     if precision is None:
-        precision = "fp16" if "fp16" in compiler.precisions else "fp32"
+        precision = compiler.precisions[0]
     key = compiler.key(model=source.name, bundle_digest=source.digest, precision=precision)
     root = Path(output)
     if not force and (found := _up_to_date(source, root, key)):

@@ -15,6 +15,7 @@ from toy_bundle import write_toy_bundle
 
 from edgetrack.backends import get_backend
 from edgetrack.backends.engine import SIDECAR_NAME, EngineKey, EngineSet, find_engines
+from edgetrack.backends.layer_table import read_layer_table
 from edgetrack.build import BuildProgress, build
 from edgetrack.bundle import Bundle, sha256_of
 from edgetrack.errors import (
@@ -323,3 +324,19 @@ def test_tensorrt_rtx_builds_fp16_engines_by_default(bundle: Bundle, output: Pat
     suffixes = {"".join(f.suffixes) for f in engines.path.iterdir()}
     assert suffixes == {".plan", ".layers.json", ".json"}
     assert build(bundle, backend="tensorrt-rtx", output=output) == engines
+
+
+@pytest.mark.rtx
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason='needs tensorrt_rtx: pip install "edgetrack[tensorrt-rtx]"',
+)
+def test_tensorrt_rtx_builds_every_graph_of_the_bundle_that_ships(output: Path) -> None:
+    bundle = Bundle.load()
+
+    engines = build(bundle, backend="tensorrt-rtx", precision="fp16", output=output)
+
+    assert list(engines.graphs) == [graph.name for graph in bundle.graphs]
+    for graph in engines.graphs.values():
+        rows = read_layer_table(engines.path / graph.file)
+        assert {row.precision for row in rows if row.is_product} == {"Half"}

@@ -79,7 +79,7 @@ def get_backend(name: str, *, num_threads: int | None = None, device: int = 0) -
     Raises:
         BackendUnavailableError: There is no such backend, or its package is not installed.
     """
-    chosen = "onnxruntime" if name == "auto" else name
+    chosen = _best(device) if name == "auto" else name
     package = _PACKAGES.get(chosen)
     if package is None:
         raise BackendUnavailableError(
@@ -101,7 +101,16 @@ def get_backend(name: str, *, num_threads: int | None = None, device: int = 0) -
         return TorchCudaBackend(device)
     from edgetrack.backends.trt import TensorRTBackend
 
-    return TensorRTBackend("tensorrt" if chosen == "tensorrt" else "tensorrt-rtx")
+    return TensorRTBackend("tensorrt" if chosen == "tensorrt" else "tensorrt-rtx", device=device)
+
+
+def _best(device: int) -> str:
+    """TensorRT where all of it is there, else ONNX Runtime, which runs everywhere."""
+    from edgetrack.backends.cuda import find_cuda_device
+
+    packages = ("tensorrt", "pycuda")
+    has_packages = all(importlib.util.find_spec(package) is not None for package in packages)
+    return "tensorrt" if has_packages and find_cuda_device(device) is not None else "onnxruntime"
 
 
 def list_backends() -> tuple[BackendInfo, ...]:

@@ -7,7 +7,7 @@ and ``cuda_streams``; graphs are in ``cuda_graphs``.
 
 import ctypes
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import numpy as np
@@ -65,12 +65,12 @@ class CudaContext:
     def __init__(self, primary: PrimaryContext) -> None:
         self.device = primary.device
         self.handle = primary.handle
-        self.open_resources: dict[Resource, None] = {}
+        self.open_resources: dict[Resource, bool] = {}
         self._is_closed = False
         self._primary = primary
         self._pycuda = primary.pycuda
         self._entry = ContextEntry(self, primary)
-        primary.shares[self] = None
+        primary.shares[self] = True
 
     @classmethod
     def open(cls, ordinal: int = 0) -> "CudaContext":
@@ -245,7 +245,7 @@ class CudaContext:
 
         In a forked child it frees nothing: all of it is the parent's.
         """
-        if self._is_closed:
+        if not self._primary.shares.pop(self, False):  # atomic: of two threads, one goes on
             return
         if self.was_forked:
             self._is_closed = True
@@ -260,7 +260,6 @@ class CudaContext:
                         failures.append(error)
         finally:
             self._is_closed = True
-            self._primary.shares.pop(self, None)
             for resource in list(self.open_resources):
                 resource.abandon()
             self._primary.leave()
@@ -278,16 +277,15 @@ class CudaContext:
         return None
 
     def _out_of_memory(self, num_bytes: int, what: str, kind: str) -> DeviceMemoryError:
-        try:
-            free_bytes, total_bytes = self._pycuda.mem_get_info()
-            free = f"{free_bytes} bytes free of {total_bytes / 2**20:.0f} MiB"
-        except self._pycuda.Error:
-            free = "less"
-        shared = ", which the CPU shares" if self.device.is_integrated else ""
+        free, shared = "less", ", which the CPU shares" if self.device.is_integrated else ""
+        if kind == "device" or self.device.is_integrated:
+            with suppress(self._pycuda.Error):
+                free_bytes, total_bytes = self._pycuda.mem_get_info()
+                free = f"{free_bytes} bytes free of {total_bytes / 2**20:.0f} MiB{shared}"
         return DeviceMemoryError(
-            f"{what}: expected {num_bytes} bytes ({num_bytes / 2**20:.1f} MiB) of {kind} memory on "
-            f"{self.device.name}, got {free}{shared}; run fewer trackers at once, choose a bundle "
-            "with fewer or smaller segments, or stop other programs that use its memory"
+            f"{what}: expected {num_bytes} bytes ({num_bytes / 2**20:.1f} MiB) of {kind} memory "
+            f"({self.device.name}), got {free}; run fewer trackers at once, choose a bundle with "
+            "fewer or smaller segments, or stop other programs that use the memory"
         )
 
 

@@ -24,7 +24,7 @@ class Scope(Protocol):
         open_resources: What was made and not closed yet, oldest first.
     """
 
-    open_resources: "dict[Resource, None]"
+    open_resources: "dict[Resource, bool]"
 
     @property
     def was_forked(self) -> bool:
@@ -47,7 +47,7 @@ class Resource:
         self._scope = scope
         self._held = held
         self._what = what
-        scope.open_resources[self] = None
+        scope.open_resources[self] = True
 
     @property
     def held(self) -> Any:
@@ -70,10 +70,9 @@ class Resource:
 
     def close(self) -> None:
         """Free it; calling it twice is fine."""
-        held, self._held = self._held, None
-        if held is None:
+        if not self._scope.open_resources.pop(self, False):  # atomic: of two threads, one goes on
             return
-        self._scope.open_resources.pop(self, None)
+        held, self._held = self._held, None
         try:
             # PyCUDA frees in the context that is current: elsewhere it warns and leaks.
             with self._scope.current():
@@ -86,9 +85,9 @@ class Resource:
 
     def abandon(self) -> None:
         """Leave it to the end of the process: the driver refuses to free it."""
-        held, self._held = self._held, None
-        keep_forever(held)
-        self._scope.open_resources.pop(self, None)
+        if self._scope.open_resources.pop(self, False):
+            held, self._held = self._held, None
+            keep_forever(held)
 
     def _free(self, held: Any) -> None:
         """Free what is freed by a call; the rest goes with its last reference."""

@@ -35,7 +35,7 @@ class Share(Protocol):
         open_resources: What it made and did not close yet.
     """
 
-    open_resources: dict[Resource, None]
+    open_resources: dict[Resource, bool]
 
     def refusal(self) -> DeviceError | None:
         """Why it cannot be entered; ``None`` if it can."""
@@ -89,7 +89,7 @@ class PrimaryContext:
         self.pycuda = pycuda
         self.pid = os.getpid()
         self.num_users = 0
-        self.shares: dict[Share, None] = {}
+        self.shares: dict[Share, bool] = {}
         self._is_lost = False
         try:
             pycuda.init()
@@ -133,7 +133,7 @@ class PrimaryContext:
             self.leave()
 
     def abandon(self) -> None:
-        """Take it off PyCUDA's stack of this thread where the driver refuses to take it off its."""
+        """Give it up: take it off PyCUDA's stack of this thread, whatever the driver says."""
         self._is_lost = True
         try:
             self.pycuda_context.detach()

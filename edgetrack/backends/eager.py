@@ -206,7 +206,7 @@ class _TorchCudaEngine:
         }
         with torch.cuda.device(self._device), torch.inference_mode():
             run = partial(self._run, tensors)
-            side = torch.cuda.Stream()
+            side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # stub gap
             with torch.cuda.stream(side):
                 for _ in range(_NUM_WARM_UP_RUNS):
                     run()
@@ -228,7 +228,9 @@ class _TorchCudaEngine:
         if is_capturing(stream):
             add_child_graph(stream, self._captured.raw_cuda_graph())
             return
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self._device)):
+        make_stream: Any = torch.cuda.ExternalStream
+        own = make_stream(stream, device=self._device)
+        with torch.cuda.stream(own):
             self._captured.replay()
 
     def close(self) -> None:

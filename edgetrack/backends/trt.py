@@ -115,8 +115,7 @@ class TensorRTBackend:
             on_step: Called in this thread with the phase's name and the fraction done.
 
         Raises:
-            EngineBuildError: TensorRT refused the graph, or it is in another precision, or memory
-                ran out.
+            EngineBuildError: TensorRT refused the graph or its precision, or memory ran out.
             BackendUnavailableError: The package or a driver that it needs is missing.
         """
         self._check_precision(precision)

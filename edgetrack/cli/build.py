@@ -7,6 +7,7 @@ import typer
 
 from edgetrack.cli.options import (
     BackendOption,
+    DeviceOption,
     JsonOption,
     PrecisionOption,
     check_choices,
@@ -30,6 +31,7 @@ def build(
     backend: BackendOption = "auto",
     output: Annotated[Path, typer.Option(help="Where engine folders go")] = Path("engines"),
     force: Annotated[bool, typer.Option("--force", help="Build even what is up to date")] = False,
+    device: DeviceOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Compile a bundle's segments into engines for this machine.
@@ -37,7 +39,13 @@ def build(
     Example: edgetrack build --precision fp16 --backend tensorrt
     """
     engines, is_new = build_engines(
-        bundle, precision=precision, backend=backend, output=output, force=force, is_quiet=json
+        bundle,
+        precision=precision,
+        backend=backend,
+        output=output,
+        force=force,
+        device=device,
+        is_quiet=json,
     )
     if json:
         content = {name: vars(graph) for name, graph in engines.graphs.items()}
@@ -59,6 +67,7 @@ def build_engines(
     backend: str = "auto",
     output: Path,
     force: bool = False,
+    device: int = 0,
     is_quiet: bool = False,
 ) -> "tuple[EngineSet, bool]":
     """Build with a progress bar; also says whether anything had to be built."""
@@ -86,6 +95,7 @@ def build_engines(
             backend=backend,
             output=output,
             force=force,
+            device=device,
             on_progress=show,
         )
     return engines, is_new

@@ -8,11 +8,23 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from toy_bundle import write_toy_bundle
 
-from edgetrack.backends.cuda import find_cuda_device
+from edgetrack.backends.cuda_driver import find_cuda_device
 from edgetrack.backends.layer_table import read_layer_table
-from edgetrack.backends.trt import TensorRTBackend, hint_for
+from edgetrack.backends.trt import TensorRTBackend
+from edgetrack.backends.trt_builder import (
+    BuildJob,
+    compile_graph,
+    configure,
+    read_timings,
+    write_timings,
+)
 from edgetrack.bundle import Bundle
-from edgetrack.errors import BackendUnavailableError, EngineBuildError, EngineError
+from edgetrack.errors import (
+    BackendUnavailableError,
+    EngineBuildError,
+    EngineMismatchError,
+    EngineNotFoundError,
+)
 from edgetrack.quantize.fp16 import cast_file_to_fp16, to_fp16
 
 IS_RTX_INSTALLED = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -163,13 +175,10 @@ def test_what_the_parser_says_is_in_the_error(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_key_without_a_driver_is_of_a_portable_engine() -> None:
-    if find_cuda_device() is not None:
-        pytest.skip("needs a machine without a CUDA device")
-
+def test_the_key_of_tensorrt_rtx_is_of_a_portable_engine() -> None:
     key = TensorRTBackend("tensorrt-rtx").key(model="toy", bundle_digest="0", precision="fp16")
 
-    assert (key.device, key.arch) == ("none", "portable")
+    assert (key.device, key.arch) == ("any", "portable")
     assert key.folder_name.startswith(f"toy-fp16-tensorrt-rtx{key.backend_version}-portable-")
 
 
@@ -182,13 +191,146 @@ def test_int8_is_refused_with_the_reason(tmp_path: Path) -> None:
         backend.compile(tmp_path / "g.onnx", tmp_path / "g.plan", precision="int8")
 
 
-def test_engines_are_not_run_yet(bundle: Bundle) -> None:
-    backend = TensorRTBackend("tensorrt-rtx")
+@needs_rtx
+def test_engines_are_not_compiled_at_load(bundle: Bundle) -> None:
+    graph = bundle.segments[0]
+    build = rf"run: edgetrack build {bundle.path} --backend tensorrt-rtx$"
 
-    with pytest.raises(EngineError, match=r"only builds them.*use --backend onnxruntime$"):
-        backend.load(Path("segment_0.plan"), bundle.segments[0])
-    with pytest.raises(EngineError, match=r"only builds them.*use --backend onnxruntime$"):
-        backend.load_onnx(bundle.graph_path(bundle.segments[0]), bundle.segments[0])
+    with pytest.raises(EngineNotFoundError, match=build):
+        TensorRTBackend("tensorrt-rtx").load_onnx(bundle.graph_path(graph), graph)
+
+
+@pytest.fixture(scope="module")
+def plan(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    engine = tmp_path_factory.mktemp("plan") / "s.plan"
+    source = bundle.graph_path(bundle.segments[0])
+    TensorRTBackend("tensorrt-rtx").compile(source, engine, precision="fp32")
+    return engine.read_bytes()
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda plan: b"", "MALFORMED_ENGINE"),
+        (lambda plan: b"garbage" * 99, "MALFORMED_ENGINE"),
+        (lambda plan: plan[:40], "MALFORMED_ENGINE"),
+        (lambda plan: plan[: len(plan) // 2], "Serialization assertion plan.header.size == "),
+        (lambda plan: plan[:64] + b"none" + plan[68:], "No engine found in plan"),
+    ],
+)
+def test_a_damaged_engine_is_refused_with_the_command_to_run(
+    bundle: Bundle, plan: bytes, tmp_path: Path, damage: Any, said: str
+) -> None:
+    engine = tmp_path / "s.plan"
+    engine.write_bytes(damage(plan))
+
+    with pytest.raises(EngineMismatchError) as caught:
+        TensorRTBackend("tensorrt-rtx").load(engine, bundle.segments[0])
+
+    assert str(caught.value).startswith(f"{engine}: expected tensorrt-rtx to ")
+    assert said in str(caught.value)
+    rebuild = "the file is damaged, or not an engine, run: edgetrack build --backend tensorrt-rtx "
+    assert str(caught.value).endswith(rebuild + "--force")
+
+
+@needs_rtx
+def test_an_engine_of_another_format_is_said_to_be_of_another_version(
+    bundle: Bundle, plan: bytes, tmp_path: Path
+) -> None:
+    engine = tmp_path / "s.plan"
+    engine.write_bytes(plan[:88] + bytes([plan[88] ^ 1]) + plan[89:])
+
+    with pytest.raises(EngineMismatchError, match=r"another TensorRT wrote it, run: edgetrack bu"):
+        TensorRTBackend("tensorrt-rtx").load(engine, bundle.segments[0])
+
+
+@needs_rtx
+def test_loading_without_a_driver_says_that_there_is_none(
+    bundle: Bundle, plan: bytes, tmp_path: Path
+) -> None:
+    if find_cuda_device() is not None:
+        pytest.skip("needs a machine without a CUDA device")
+    (tmp_path / "s.plan").write_bytes(plan)
+
+    with pytest.raises(BackendUnavailableError, match=r"s\.plan: .*there is no NVIDIA driver, or"):
+        TensorRTBackend("tensorrt-rtx").load(tmp_path / "s.plan", bundle.segments[0])
+
+
+@needs_rtx
+def test_engines_are_built_to_be_captured() -> None:
+    import tensorrt_rtx as trt
+
+    config = trt.Builder(trt.Logger()).create_builder_config()
+    configure(trt, config, free_bytes=900 << 20)
+
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert config.max_aux_streams == 0
+    # TensorRT takes no other size of this pool than a power of two, and keeps silent about it.
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.TACTIC_DRAM) == 512 << 20
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 450 << 20
+
+
+@needs_rtx
+def test_a_failed_write_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    engine = tmp_path / "s.plan"
+    engine.mkdir()  # what a file cannot take the place of
+
+    with pytest.raises(IsADirectoryError):
+        TensorRTBackend("tensorrt-rtx").compile(
+            bundle.graph_path(bundle.segments[0]), engine, precision="fp32"
+        )
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.layers.json", "s.plan"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: b"x" + content[1:],
+        lambda content: content + b"x",
+    ],
+)
+def test_damaged_timings_count_as_none(tmp_path: Path, damage: Any) -> None:
+    file = tmp_path / "timings.cache"
+    write_timings(file, b"timings of tactics")
+    assert read_timings(file) == b"timings of tactics"
+
+    file.write_bytes(damage(file.read_bytes()))
+
+    assert read_timings(file) == b""
+
+
+@needs_rtx
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the timing cache, in TensorRT-RTX
+def test_a_build_keeps_its_timings_and_replaces_damaged_ones(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    # TensorRT-RTX makes no use of them, but takes and gives them as TensorRT does.
+    job = BuildJob(
+        backend="tensorrt-rtx",
+        onnx_path=bundle.graph_path(bundle.segments[0]),
+        engine_path=tmp_path / "s.plan",
+        precision="fp32",
+        timings_path=tmp_path / "timings.cache",
+    )
+    assert job.timings_path is not None
+    compile_graph(job, lambda *step: None)
+    first = read_timings(job.timings_path)
+
+    job.timings_path.write_bytes(b"damaged")
+    compile_graph(job, lambda *step: None)
+
+    assert read_timings(job.timings_path)[:4] == first[:4] == b"ptrt"
+
+
+def test_timings_that_are_not_there_or_cannot_be_written_are_none(tmp_path: Path) -> None:
+    write_timings(tmp_path / "none" / "timings.cache", b"timings")
+
+    assert read_timings(tmp_path / "none" / "timings.cache") == b""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorrt_that_is_missing_says_how_to_get_it(tmp_path: Path) -> None:
@@ -198,18 +340,3 @@ def test_tensorrt_that_is_missing_says_how_to_get_it(tmp_path: Path) -> None:
 
     with pytest.raises(BackendUnavailableError, match="expected the package tensorrt, got"):
         backend.compile(tmp_path / "g.onnx", tmp_path / "g.plan", precision="fp16")
-
-
-@pytest.mark.parametrize(
-    ("message", "hint"),
-    [
-        ("Error Code 10: Could not find any implementation for node {fc1}.", "memory"),
-        ("Error Code 2: OutOfMemory (no further information)", "memory"),
-        ("Version tag does not match. Note: Current Version: 239", "edgetrack build --force"),
-        ("safeVersionRead == safeSerializationVersion failed", "edgetrack build --force"),
-        ("CUDA initialization failure with error: 35", "edgetrack doctor"),
-        ("something else", "edgetrack doctor"),
-    ],
-)
-def test_known_errors_have_a_hint(message: str, hint: str) -> None:
-    assert hint in hint_for(message)

@@ -139,6 +139,7 @@ def test_what_is_printed_of_a_gpu(
     assert "who decides to stop (this tracker: device)" in printed
     assert "submit alone*" in printed
     assert "where the host decides*" in printed
+    assert "* this tracker runs them without waiting: device" in printed
     assert "GPU memory" in printed
     assert len(ways_row(printed, "always exit 2")) == 3
     assert "to be compared" not in printed

@@ -15,13 +15,20 @@ import pycuda.driver
 import pytest
 from emulator.hooks import EmulatedDriver
 
-from edgetrack.backends.cuda import CudaContext, Event, Module, Stream, find_cuda_device
+from edgetrack.backends.cuda import (
+    CudaContext,
+    DeviceMemory,
+    Event,
+    Module,
+    Stream,
+    find_cuda_device,
+)
 from edgetrack.errors import DeviceError, DeviceMemoryError, EdgeTrackError
 from edgetrack.runtime.device_state import DECISION, TARGET, read_ptx
 
 DRIVER = EmulatedDriver()
 ONE = (1, 1, 1)
-INVALID_VALUE, INVALID_HANDLE = 1, 400
+INVALID_VALUE, OUT_OF_MEMORY, INVALID_HANDLE = 1, 2, 400
 NON_BLOCKING = 1
 
 
@@ -186,15 +193,31 @@ class TestMemory:
 
         with pytest.raises(DeviceMemoryError) as raised:
             context.allocate(4 << 20, what="the scratch of the engines")
-        with pytest.raises(DeviceMemoryError, match=r"frames: .* of pinned host memory"):
-            context.allocate_mapped(4 << 20, what="frames")
 
         told = str(raised.value)
-        assert told.startswith("the scratch of the engines: expected 4194304 bytes (4.0 MiB)")
+        assert told.startswith(
+            "the scratch of the engines: expected 4194304 bytes (4.0 MiB) of dev"
+        )
         assert f"{context.free_bytes} bytes free of 8 MiB" in told
         assert "run fewer trackers" in told
         kept.close()
         context.allocate(4 << 20, what="what was freed")
+
+    @pytest.mark.parametrize(
+        ("is_integrated", "words"),
+        [(1, "got 1048576 bytes free of 1 MiB, which the CPU shares;"), (0, "got less;")],
+    )
+    def test_too_little_pinned_memory_says_whose(self, is_integrated: int, words: str) -> None:
+        DRIVER.configure(integrated=is_integrated)
+        with CudaContext.open() as context:
+            DRIVER.configure(memory_bytes=1 << 20)
+            for _ in range(1 - is_integrated):
+                DRIVER.fail("cuMemHostAlloc", OUT_OF_MEMORY)
+
+            with pytest.raises(DeviceMemoryError, match=r"^frames: .* of pinned host") as raised:
+                context.allocate_mapped(4 << 20, what="frames")
+
+        assert words in str(raised.value)
 
     def test_freed_memory_is_not_written(self, context: CudaContext) -> None:
         stream, memory = context.stream(), context.allocate(64, what="bytes")
@@ -271,6 +294,22 @@ class TestClosing:
             pool.submit(context.close).result()
 
         assert live() == (0, 0)
+
+    def test_only_one_of_many_threads_closes(self) -> None:
+        for _ in range(20):
+            context, start = CudaContext.open(), threading.Barrier(8)
+            memories = [context.allocate(64, what="bytes") for _ in range(20)]
+
+            def close(context: CudaContext, start: threading.Barrier, memories: list[DeviceMemory]):
+                start.wait()
+                for memory in memories:
+                    memory.close()
+                context.close()
+
+            with ThreadPoolExecutor(8) as pool:
+                closing = [pool.submit(close, context, start, memories) for _ in range(8)]
+                assert [future.exception() for future in closing] == [None] * 8
+            assert live() == (0, 0)
 
     def test_what_others_hold_outlives_a_context(self) -> None:
         first, second = CudaContext.open(), CudaContext.open()

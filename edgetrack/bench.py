@@ -1,30 +1,46 @@
-"""How fast a tracker is on this machine: per exit, overall, and where the time goes.
+"""How fast a tracker is on this machine: per exit, overall, and where the time and energy go.
 
 One update is timed as a user sees it: crop, segments, decisions, mapping back. Reading frames is
 not counted. Every exit is timed by forcing it, the operating point by tracking freely; both on the
-same frames, in the same run.
+same frames, in the same run. Energy has passes of its own, because reading sensors takes time.
 """
 
+import contextlib
+import math
 import resource
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgetrack.errors import EdgeTrackError
+from edgetrack.power import (
+    MachineState,
+    Nvml,
+    PowerSampler,
+    find_rails,
+    read_machine_state,
+    total_mw,
+    total_rails,
+)
+from edgetrack.runtime.loop import EXIT_DECISIONS
 from edgetrack.runtime.policies import ExitPolicy
 from edgetrack.tracker import Tracker
 
-__all__ = ["BenchReport", "Percentiles", "bench"]
+__all__ = ["BenchReport", "Energy", "EnergyPerFrame", "Gpu", "Percentiles", "Timing", "bench"]
 
 Frame = npt.NDArray[np.uint8]
+OnPass = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Latency of one update in milliseconds.
+    """Latencies in milliseconds.
 
     Attributes:
         p50: Median.
@@ -48,8 +64,8 @@ class Percentiles:
 
 
 @dataclass(frozen=True)
-class BenchReport:
-    """What ``bench`` measured.
+class Timing:
+    """One tracker's times.
 
     Attributes:
         overall: At the tracker's own exit policy.
@@ -57,8 +73,8 @@ class BenchReport:
         exit_histogram: Frames per exit, at that policy.
         exits: When exit ``k`` is forced, for each ``k``.
         stages_ms: Median time per stage of an update at full depth; ``rest`` is what is left.
-        peak_memory_mb: Largest resident memory of this process.
-        setup: Bundle, backend, precision, frame size, warm-up and count.
+        submit: The call alone that hands in a frame, at the tracker's own exit policy: how long the
+            host is busy. Not comparable with an update.
     """
 
     overall: Percentiles
@@ -66,12 +82,91 @@ class BenchReport:
     exit_histogram: tuple[int, ...]
     exits: tuple[Percentiles, ...]
     stages_ms: dict[str, float]
+    submit: Percentiles
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What there is to say of a GPU only.
+
+    Attributes:
+        exit_decision: Who decides in the tracker that was given.
+        memory_bytes: Device memory of its buffers and frames, engines not counted.
+        ways: Times by who decides (``device``, ``flag``, ``host``), that tracker's own among them.
+        unlike: Ways that took other exits than that tracker, so that their operating point cannot
+            be compared with its own.
+        unavailable: Why the other ways do not work here.
+    """
+
+    exit_decision: str
+    memory_bytes: int
+    ways: dict[str, Timing]
+    unlike: tuple[str, ...]
+    unavailable: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EnergyPerFrame:
+    """Millijoules per update; ``None`` where they could not be measured.
+
+    Attributes:
+        total_mj: Of the board, see ``Energy.total_rails``.
+        above_idle_mj: The same without what it draws when nothing runs.
+        rails_mj: By supply rail.
+        num_frames: Updates in the measurement.
+    """
+
+    total_mj: float | None
+    above_idle_mj: float | None
+    rails_mj: dict[str, float | None]
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Energy of updates back to back.
+
+    Attributes:
+        total_rails: The rails that make up the total; empty if this machine's are not known.
+        idle_mw: Power of the board while the tracker waits.
+        exits: When exit ``k`` is forced, for each ``k``.
+        overall: At the tracker's own exit policy.
+    """
+
+    total_rails: tuple[str, ...]
+    idle_mw: float | None
+    exits: tuple[EnergyPerFrame, ...]
+    overall: EnergyPerFrame
+
+
+@dataclass(frozen=True)
+class BenchReport(Timing):
+    """What ``bench`` measured; what this machine does not have is ``None``.
+
+    Attributes:
+        peak_memory_mb: Largest resident memory of this process.
+        setup: Bundle, backend, precision, frame size, warm-up and count.
+        before: Clocks, temperatures and power before the first pass.
+        after: The same after the last.
+        gpu: On a GPU only.
+        energy: Where it was asked for.
+    """
+
     peak_memory_mb: float
     setup: dict[str, Any]
+    before: MachineState | None
+    after: MachineState | None
+    gpu: Gpu | None
+    energy: Energy | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON takes it."""
-        return asdict(self)
+        """The report as JSON takes it: an infinite threshold is the text ``inf``."""
+        content = asdict(self)
+        if self.gpu is None:
+            del content["submit"]
+        thresholds = [t if math.isfinite(t) else str(t) for t in self.setup["thresholds"]]
+        content["setup"] = {**self.setup, "thresholds": thresholds}
+        return {key: value for key, value in content.items() if value is not None}
 
 
 def bench(
@@ -80,7 +175,11 @@ def bench(
     bbox: Sequence[float],
     *,
     num_warm_up: int = 20,
-    on_pass: Callable[[str], None] | None = None,
+    on_pass: OnPass | None = None,
+    open_deciding: Callable[[str], Tracker] | None = None,
+    energy_s: float = 0.0,
+    nvml: Nvml | None = None,
+    root: Path = Path("/"),
 ) -> BenchReport:
     """Time a tracker on frames.
 
@@ -90,6 +189,11 @@ def bench(
         bbox: The target in the first: x, y, w, h in pixels.
         num_warm_up: Updates before each pass that are not counted.
         on_pass: Called with the name of each pass as it starts.
+        open_deciding: Opens another such tracker for an ``exit_decision``; on a GPU the ways to
+            decide are then timed side by side.
+        energy_s: Seconds to measure energy at each exit; 0 measures none.
+        nvml: Adds what a GPU on a card says of itself.
+        root: Of the file system with this machine's sensors.
 
     Raises:
         ValueError: There are fewer than two frames.
@@ -97,26 +201,14 @@ def bench(
     if len(frames) < 2:
         raise ValueError(f"bench: expected at least 2 frames, got {len(frames)}")
     report = on_pass or (lambda name: None)
-    own_policy, num_exits = tracker.exit_policy, tracker.bundle.num_exits
-    exits = []
-    try:
-        for index in range(num_exits):
-            report(f"exit {index}")
-            tracker.exit_policy = ExitPolicy.fixed(index, num_exits=num_exits)
-            timed = _Pass(tracker, frames, bbox, num_warm_up=num_warm_up)
-            exits.append(Percentiles.of(timed.latencies_ms))
-        stages = timed.stages_ms()
-    finally:
-        tracker.exit_policy = own_policy
-    report("operating point")
-    free = _Pass(tracker, frames, bbox, num_warm_up=num_warm_up)
-    seconds = sum(free.latencies_ms) / 1e3
+    clip = _Clip(frames, bbox, num_warm_up)
+    before = read_machine_state(root, nvml=nvml)
+    timing = _time(tracker, clip, report)
+    gpu = _ways(tracker, timing, clip, open_deciding, report) if tracker.gpu_memory_bytes else None
+    energy = _energy(tracker, clip, energy_s, root, nvml, report) if energy_s else None
+    after = read_machine_state(root, nvml=nvml)
     return BenchReport(
-        overall=Percentiles.of(free.latencies_ms),
-        fps=len(free.latencies_ms) / seconds,
-        exit_histogram=tuple(np.bincount(free.exits, minlength=num_exits).tolist()),
-        exits=tuple(exits),
-        stages_ms=stages,
+        **{f.name: getattr(timing, f.name) for f in fields(timing)},
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         setup={
             "bundle": tracker.bundle.name,
@@ -124,29 +216,48 @@ def bench(
             "precision": tracker.precision,
             "engines": "built" if tracker.engines_path else "in memory",
             "frame": f"{frames[0].shape[1]}x{frames[0].shape[0]}",
-            "thresholds": list(own_policy.thresholds),
+            "criterion": tracker.exit_policy.criterion,
+            "thresholds": list(tracker.exit_policy.thresholds),
             "num_warm_up": num_warm_up,
             "batch": 1,
             "timed": "crop, segments, decisions, mapping back",
         },
+        before=before if before.is_known else None,
+        after=after if after.is_known else None,
+        gpu=gpu,
+        energy=energy,
     )
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """What every pass runs on."""
+
+    frames: Sequence[Frame]
+    bbox: Sequence[float]
+    num_warm_up: int
+
+    def warm_up(self, tracker: Tracker) -> None:
+        tracker.init(self.frames[0], self.bbox)
+        for frame in self.frames[1 : self.num_warm_up + 1]:
+            tracker.update(frame)
 
 
 class _Pass:
     """One pass over the frames: latencies, exits, stage times."""
 
-    def __init__(
-        self, tracker: Tracker, frames: Sequence[Frame], bbox: Sequence[float], *, num_warm_up: int
-    ) -> None:
-        tracker.init(frames[0], bbox)
-        for frame in frames[1 : num_warm_up + 1]:
-            tracker.update(frame)
-        tracker.init(frames[0], bbox)
+    def __init__(self, tracker: Tracker, clip: _Clip) -> None:
+        clip.warm_up(tracker)
+        tracker.init(clip.frames[0], clip.bbox)
         self.latencies_ms: list[float] = []
+        self.submits_ms: list[float] = []
         self.exits: list[int] = []
         self._stages: list[dict[str, float]] = []
-        for frame in frames[1:]:
-            result = tracker.update(frame)
+        for frame in clip.frames[1:]:
+            started = time.perf_counter()
+            pending = tracker.update_async(frame)
+            self.submits_ms.append((time.perf_counter() - started) * 1e3)
+            result = pending.result()
             self.latencies_ms.append(result.latency_ms)
             self.exits.append(result.exit_index)
             stages = tracker.stage_ms
@@ -156,3 +267,132 @@ class _Pass:
         """Median per stage."""
         names = self._stages[0]
         return {n: statistics.median(s[n] for s in self._stages) for n in names}
+
+
+def _policies(tracker: Tracker) -> Generator[str, None, None]:
+    """Force one exit after another, then restore the tracker's own policy; names each."""
+    own_policy, num_exits = tracker.exit_policy, tracker.bundle.num_exits
+    try:
+        for index in range(num_exits):
+            tracker.exit_policy = ExitPolicy.fixed(index, num_exits=num_exits)
+            yield f"exit {index}"
+    finally:
+        tracker.exit_policy = own_policy
+    yield "operating point"
+
+
+def _time(tracker: Tracker, clip: _Clip, report: OnPass, *, suffix: str = "") -> Timing:
+    passes = []
+    with contextlib.closing(_policies(tracker)) as policies:
+        for name in policies:
+            report(f"timing {name}{suffix}")
+            passes.append(_Pass(tracker, clip))
+    *forced, free = passes
+    return Timing(
+        overall=Percentiles.of(free.latencies_ms),
+        fps=len(free.latencies_ms) / (sum(free.latencies_ms) / 1e3),
+        exit_histogram=tuple(np.bincount(free.exits, minlength=len(forced)).tolist()),
+        exits=tuple(Percentiles.of(p.latencies_ms) for p in forced),
+        stages_ms=forced[-1].stages_ms(),
+        submit=Percentiles.of(free.submits_ms),
+    )
+
+
+def _ways(
+    tracker: Tracker,
+    timing: Timing,
+    clip: _Clip,
+    open_deciding: Callable[[str], Tracker] | None,
+    report: OnPass,
+) -> Gpu:
+    """The ways to decide side by side; one more tracker is open at a time."""
+    own = tracker.exit_decision
+    ways, unavailable = {own: timing}, {}
+    for way in EXIT_DECISIONS:
+        if way in (own, "auto") or open_deciding is None:
+            continue
+        try:
+            with open_deciding(way) as other:
+                ways[way] = _time(other, clip, report, suffix=f", {way} decides")
+        except (EdgeTrackError, TypeError) as error:  # no such nodes, no memory, a Python policy
+            unavailable[way] = str(error)
+    return Gpu(
+        exit_decision=own,
+        memory_bytes=tracker.gpu_memory_bytes,
+        ways={way: ways[way] for way in EXIT_DECISIONS if way in ways},
+        unlike=tuple(w for w, t in ways.items() if t.exit_histogram != timing.exit_histogram),
+        unavailable=unavailable,
+    )
+
+
+def _energy(
+    tracker: Tracker,
+    clip: _Clip,
+    seconds: float,
+    root: Path,
+    nvml: Nvml | None,
+    report: OnPass,
+) -> Energy:
+    """Energy of updates back to back, at each exit and at the operating point."""
+    rails = find_rails(root)
+
+    def read_power_mw() -> dict[str, float | None]:
+        values = {rail.name: rail.read_mw() for rail in rails}
+        return {**nvml.read_power_mw(), **values} if nvml else values
+
+    if not read_power_mw():
+        nothing = EnergyPerFrame(None, None, {}, 0)
+        return Energy((), None, (nothing,) * tracker.bundle.num_exits, nothing)
+    read_energy_mj = nvml.read_energy_mj if nvml else None
+    with PowerSampler(read_power_mw, read_energy_mj=read_energy_mj) as sampler:
+        report("power when idle")
+        start = sampler.mark()
+        time.sleep(seconds)
+        idle_mw = sampler.mean_mw(start, sampler.mark())
+        rows = []
+        with contextlib.closing(_policies(tracker)) as policies:
+            for name in policies:
+                report(f"energy {name}")
+                rows.append(_energy_per_frame(tracker, clip, seconds, sampler, idle_mw))
+    return Energy(
+        total_rails=total_rails(idle_mw),
+        idle_mw=total_mw(idle_mw),
+        exits=tuple(rows[:-1]),
+        overall=rows[-1],
+    )
+
+
+def _energy_per_frame(
+    tracker: Tracker,
+    clip: _Clip,
+    seconds: float,
+    sampler: PowerSampler,
+    idle_mw: Mapping[str, float | None],
+) -> EnergyPerFrame:
+    """Go through the clip again and again for some seconds; what ``init`` takes is left out."""
+    clip.warm_up(tracker)
+    spans, num_frames, ends_at = [], 0, time.perf_counter() + seconds
+    while time.perf_counter() < ends_at:
+        tracker.init(clip.frames[0], clip.bbox)
+        start = sampler.mark()
+        for frame in clip.frames[1:]:
+            tracker.update(frame)
+        spans.append((start, sampler.mark()))
+        num_frames += len(clip.frames) - 1
+
+    def per_frame(idle_mw: Mapping[str, float | None] | None) -> dict[str, float | None]:
+        energies = [sampler.energy_mj(*span, idle_mw=idle_mw) for span in spans]
+        rails = {rail: [e.get(rail) for e in energies] for rail in energies[0]}
+        known = {rail: [v for v in values if v is not None] for rail, values in rails.items()}
+        return {
+            rail: sum(known[rail]) / num_frames if len(known[rail]) == len(values) else None
+            for rail, values in rails.items()
+        }
+
+    rails_mj = per_frame(None)
+    return EnergyPerFrame(
+        total_mj=total_mw(rails_mj),
+        above_idle_mj=total_mw(per_frame(idle_mw)),
+        rails_mj=rails_mj,
+        num_frames=num_frames,
+    )

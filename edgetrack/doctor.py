@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from edgetrack.backends import BackendInfo, list_backends
-from edgetrack.backends.cuda import cuda_driver_version, find_cuda_device
+from edgetrack.backends.cuda_driver import CudaDevice, cuda_driver_version, find_cuda_device
+from edgetrack.backends.cuda_graphs import supports_conditional_nodes
 from edgetrack.backends.ort import cpu_name
+from edgetrack.power import MachineState, Nvml, read_machine_state
 
 __all__ = ["Finding", "Report", "examine", "jetpack_release", "opencv_traits"]
 
@@ -30,6 +32,12 @@ _ORT_PROBE = "print(json.dumps([m.__version__, m.get_available_providers()]))"
 _VERSION_PROBE = "print(json.dumps([m.__version__]))"
 _PYCUDA_PROBE = "from importlib import metadata; print(json.dumps([metadata.version('pycuda')]))"
 _JETPACK_OF_L4T = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7"}
+_OLDEST_CUDA = (12, 4)
+_PYCUDA = "run: pip install 'edgetrack[cuda]'"
+_JETSON_EXPORTS = (
+    "export PATH=/usr/local/cuda/bin:$PATH CPATH=/usr/local/cuda/include "
+    "LIBRARY_PATH=/usr/local/cuda/lib64"
+)
 _JETPACK_OPENCV = "on Jetson run: sudo apt install python3-opencv; elsewhere: "
 
 
@@ -68,6 +76,8 @@ class Report:
     cuda_driver: Finding
     gpu: Finding
     pycuda: Finding
+    exit_decision: Finding
+    power: Finding
     torch: Finding
 
     def __iter__(self) -> Iterator[Finding]:
@@ -78,9 +88,16 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def examine() -> Report:
-    """Look at this machine; nothing that is missing or broken makes this fail."""
+def examine(root: Path = Path("/")) -> Report:
+    """Look at this machine; nothing that is missing or broken makes this fail.
+
+    Args:
+        root: Of the file system with this machine's release and sensors.
+    """
     backends = {info.name: info for info in list_backends()}
+    file = root / "etc/nv_tegra_release"
+    jetpack = jetpack_release(file.read_text(encoding="utf-8")) if file.is_file() else None
+    device, pycuda = find_cuda_device(), _pycuda(is_jetson=jetpack is not None)
     return Report(
         python=Finding(
             name="Python",
@@ -88,7 +105,7 @@ def examine() -> Report:
             value=f"{platform.python_version()} at {sys.executable}",
             details={"version": platform.python_version(), "executable": sys.executable},
         ),
-        platform=_platform(),
+        platform=_platform(jetpack),
         cpu=_cpu(),
         memory=_memory(),
         disk=_disk(),
@@ -97,8 +114,10 @@ def examine() -> Report:
         tensorrt=_tensorrt(backends["tensorrt"], "TensorRT"),
         tensorrt_rtx=_tensorrt(backends["tensorrt-rtx"], "TensorRT-RTX"),
         cuda_driver=_cuda_driver(),
-        gpu=_gpu(),
-        pycuda=_pycuda(),
+        gpu=_gpu(device),
+        pycuda=pycuda,
+        exit_decision=_exit_decision(device, has_pycuda=pycuda.is_present),
+        power=_power(device, root),
         torch=_torch(),
     )
 
@@ -132,9 +151,7 @@ def opencv_traits(build_information: str) -> dict[str, Any]:
     }
 
 
-def _platform() -> Finding:
-    file = Path("/etc/nv_tegra_release")
-    jetpack = jetpack_release(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _platform(jetpack: Mapping[str, str] | None) -> Finding:
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     suffix = f", JetPack {jetpack['jetpack']} (L4T {jetpack['l4t']})" if jetpack else ""
     return Finding(
@@ -245,22 +262,82 @@ def _cuda_driver() -> Finding:
     )
 
 
-def _gpu() -> Finding:
-    device = find_cuda_device()
+def _gpu(device: CudaDevice | None) -> Finding:
+    if device is None:
+        hint = "without one, trackers run on the CPU: --backend onnxruntime"
+        return Finding(name="GPU", is_present=False, value="none", hint=hint)
+    shared = " shared with the CPU" if device.is_integrated else ""
     return Finding(
         name="GPU",
-        is_present=device is not None,
-        value=f"{device.name}, {device.arch}" if device else "none",
-        details=dataclasses.asdict(device) if device else {},
-        hint="" if device else "without one, trackers run on the CPU: --backend onnxruntime",
+        is_present=True,
+        value=f"{device.name}, {device.arch}, {device.memory_bytes / 1e9:.1f} GB{shared}, "
+        f"driver for CUDA {device.driver}",
+        details=dataclasses.asdict(device),
     )
 
 
-def _pycuda() -> Finding:
+def _pycuda(*, is_jetson: bool) -> Finding:
     found = _probe("pycuda.driver", _PYCUDA_PROBE)
     if isinstance(found, str):
-        return Finding(name="PyCUDA", is_present=False, value=found, hint="run: pip install pycuda")
+        hint = f"run: {_JETSON_EXPORTS}; then {_PYCUDA}" if is_jetson else _PYCUDA
+        return Finding(name="PyCUDA", is_present=False, value=found, hint=hint)
     return Finding(name="PyCUDA", is_present=True, value=found[0], details={"version": found[0]})
+
+
+def _exit_decision(device: CudaDevice | None, *, has_pycuda: bool) -> Finding:
+    """Who would decide to stop, in a tracker whose engines run on the GPU."""
+    has_nodes = supports_conditional_nodes()
+    chosen, hint = "host", ""
+    if device is None:
+        hint = "with a GPU, it could decide itself"
+    elif tuple(map(int, device.driver.split("."))) < _OLDEST_CUDA:
+        hint = "update the driver: trackers on a GPU need CUDA 12.4 or newer"
+    elif not has_pycuda:
+        hint = "install PyCUDA: trackers on a GPU need it"
+    else:
+        chosen = "device" if has_nodes else "flag"
+    meaning = {
+        "device": "one CUDA graph per frame, in which the GPU skips segments",
+        "flag": "the host reads a flag that the GPU sets, as there are no conditional nodes",
+        "host": "segments on the CPU",
+    }
+    return Finding(
+        name="Exit decision",
+        is_present=chosen != "host",
+        value=f"{chosen}: {meaning[chosen]}",
+        details={"exit_decision": chosen, "has_conditional_nodes": has_nodes},
+        hint=hint,
+    )
+
+
+def _power(device: CudaDevice | None, root: Path) -> Finding:
+    """Power mode, clocks and rails: what times and energy depend on."""
+    nvml = None if device is None else Nvml.open(device.ordinal)
+    state = read_machine_state(root, nvml=nvml)
+    if nvml is not None:
+        nvml.close()
+    hint = "for times that compare, fix the clocks: sudo jetson_clocks"
+    return Finding(
+        name="Power",
+        is_present=state.is_known,
+        value=", ".join(_power_words(state)) or "no mode, clock, temperature or rail can be read",
+        details=state.as_dict(),
+        hint=hint if state.power_mode is not None and state.moving_clocks else "",
+    )
+
+
+def _power_words(state: MachineState) -> Iterator[str]:
+    if state.power_mode is not None:
+        yield f"mode {state.power_mode.name or state.power_mode.index}"
+    for name, clock in state.clocks.items():
+        if clock.highest_mhz is not None:
+            way = "fixed at" if clock.is_fixed else "up to"
+            yield f"{name} {way} {clock.highest_mhz:.0f} MHz"
+    known_c = [t for t in state.temperatures_c.values() if t is not None]
+    if known_c:
+        yield f"{max(known_c):.0f} °C"
+    if state.power_mw:
+        yield f"rails {', '.join(state.power_mw)}"
 
 
 def _torch() -> Finding:

@@ -1,5 +1,7 @@
 """``edgetrack bench`` and ``edgetrack eval``: how fast, and how accurate."""
 
+import contextlib
+import functools
 import hashlib
 import itertools
 from pathlib import Path
@@ -11,7 +13,9 @@ from edgetrack.cli.options import (
     DEFAULT_ENGINES,
     BackendOption,
     BundleOption,
+    DeviceOption,
     EnginesOption,
+    ExitDecisionOption,
     ExitPolicyOption,
     JsonOption,
     OperatingPointOption,
@@ -19,22 +23,22 @@ from edgetrack.cli.options import (
     RulesOption,
     ThreadsOption,
     ThresholdOption,
-    milliseconds,
     open_tracker,
     parse_bbox,
     print_json,
     print_table,
     progress_bar,
 )
+from edgetrack.cli.tables import print_bench
 
 if TYPE_CHECKING:
-    from edgetrack.bench import BenchReport, Percentiles
     from edgetrack.evaluate.results import Evaluation
     from edgetrack.tracker import Tracker
 
 __all__ = ["bench", "evaluate"]
 
 _SYNTHETIC = "a rendered clip"
+_ENERGY_S = 3.0  # at each exit: 150 samples of each rail
 
 
 def bench(
@@ -46,6 +50,7 @@ def bench(
     ] = None,
     frames: Annotated[int, typer.Option(min=2, help="Frames to time")] = 300,
     warm_up: Annotated[int, typer.Option(min=0, help="Updates before, not counted")] = 20,
+    power: Annotated[bool, typer.Option("--power", help="Measure energy per frame too")] = False,
     bundle: BundleOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
@@ -55,45 +60,59 @@ def bench(
     threshold: ThresholdOption = None,
     rules: RulesOption = None,
     threads: ThreadsOption = None,
+    device: DeviceOption = 0,
+    exit_decision: ExitDecisionOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Time a tracker: every exit, the operating point, every stage.
 
-    Example: edgetrack bench --source car.mp4 --bbox 412,230,96,54 --threads 1 --json
+    On a GPU also who decides to stop: the device, the host by a flag, or the host by waiting.
+
+    Example: edgetrack bench --source car.mp4 --bbox 412,230,96,54 --threads 1 --power --json
     """
     from edgetrack.bench import bench as run_bench
     from edgetrack.doctor import examine
+    from edgetrack.power import Nvml
 
     if (source is None) != (bbox is None):
         raise typer.BadParameter("--source and --bbox x,y,w,h go together", param_hint="--bbox")
     images, box = _frames(source, bbox, frames)
-    with (
-        open_tracker(
-            bundle=bundle,
-            backend=backend,
-            precision=precision,
-            engines=engines,
-            operating_point=operating_point,
-            exit_policy=exit_policy,
-            threshold=threshold,
-            rules=rules,
-            threads=threads,
-        ) as tracker,
-        progress_bar(is_shown=not json) as bar,
-    ):
-        task = bar.add_task("", total=tracker.bundle.num_exits + 1)
+    open_deciding = functools.partial(
+        open_tracker,
+        bundle=bundle,
+        backend=backend,
+        precision=precision,
+        engines=engines,
+        operating_point=operating_point,
+        exit_policy=exit_policy,
+        threshold=threshold,
+        rules=rules,
+        threads=threads,
+        device=device,
+    )
+    with contextlib.ExitStack() as opened:
+        tracker = opened.enter_context(open_deciding(exit_decision=exit_decision))
+        bar = opened.enter_context(progress_bar(is_shown=not json))
+        nvml = Nvml.open(device) if tracker.gpu_memory_bytes else None
+        opened.callback(nvml.close if nvml else lambda: None)
+        num_passes = tracker.bundle.num_exits + 1
+        total = num_passes * (3 if tracker.gpu_memory_bytes else 1) + (num_passes + 1) * power
+        task = bar.add_task("", total=total)
         report = run_bench(
             tracker,
             images,
             box,
             num_warm_up=warm_up,
-            on_pass=lambda name: bar.update(task, advance=1, description=f"timing {name}"),
+            on_pass=lambda name: bar.update(task, advance=1, description=name),
+            open_deciding=lambda way: open_deciding(exit_decision=way),
+            energy_s=_ENERGY_S if power else 0.0,
+            nvml=nvml,
         )
     machine = {f.name: f.value for f in examine() if f.is_present}
     if json:
         print_json({**report.as_dict(), "source": source or _SYNTHETIC, "machine": machine})
         return
-    _print_bench(report, source or _SYNTHETIC, machine)
+    print_bench(report, source or _SYNTHETIC, machine)
 
 
 def evaluate(
@@ -113,6 +132,8 @@ def evaluate(
     threshold: ThresholdOption = None,
     rules: RulesOption = None,
     threads: ThreadsOption = None,
+    device: DeviceOption = 0,
+    exit_decision: ExitDecisionOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Score a tracker on labelled sequences, one pass each.
@@ -141,6 +162,8 @@ def evaluate(
             threshold=threshold,
             rules=rules,
             threads=threads,
+            device=device,
+            exit_decision=exit_decision,
         ) as tracker,
         progress_bar(is_shown=not json) as bar,
     ):
@@ -186,26 +209,6 @@ def _fingerprint(tracker: "Tracker") -> str:
         tracker.exit_policy.thresholds,
     )
     return hashlib.sha256(repr(key).encode()).hexdigest()
-
-
-def _print_bench(report: "BenchReport", source: str, machine: dict[str, Any]) -> None:
-    def row(name: str, p: "Percentiles") -> tuple[str, ...]:
-        return (name, *(milliseconds(v) for v in (p.p50, p.p90, p.p99, p.mean)), str(p.count))
-
-    setup = report.setup
-    title = f"{setup['bundle']} {setup['precision']} on {setup['backend']}, {setup['frame']}"
-    rows = [row(f"always exit {k}", p) for k, p in enumerate(report.exits)]
-    rows.append(row("operating point", report.overall))
-    print_table(title, ("update", "p50 ms", "p90 ms", "p99 ms", "mean ms", "count"), rows)
-    stages = [(name, milliseconds(ms)) for name, ms in report.stages_ms.items()]
-    print_table("full depth, median per stage", ("stage", "ms"), stages)
-    total = sum(report.exit_histogram)
-    shares = ", ".join(f"{k}: {n / total:.0%}" for k, n in enumerate(report.exit_histogram))
-    typer.echo(f"fps {report.fps:.0f} (updates over the seconds spent in them)")
-    typer.echo(f"exits {shares}; thresholds {setup['thresholds']}")
-    typer.echo(f"peak memory {report.peak_memory_mb:.0f} MB; warm-up {setup['num_warm_up']}")
-    typer.echo(f"source {source}; timed: {setup['timed']}")
-    typer.echo("machine " + "; ".join(machine.values()))
 
 
 def _print_evaluation(result: "Evaluation") -> None:

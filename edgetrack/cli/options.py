@@ -23,7 +23,9 @@ __all__ = [
     "DEFAULT_ENGINES",
     "BackendOption",
     "BundleOption",
+    "DeviceOption",
     "EnginesOption",
+    "ExitDecisionOption",
     "ExitPolicyOption",
     "JsonOption",
     "OperatingPointOption",
@@ -48,7 +50,17 @@ BundleOption = Annotated[
     Path | None, typer.Option("--bundle", "-b", help="Bundle folder [default: the one that ships]")
 ]
 BackendOption = Annotated[
-    str, typer.Option(help="auto, onnxruntime, eager, tensorrt or tensorrt-rtx")
+    str, typer.Option(help="auto, onnxruntime, eager, torch-cuda, tensorrt or tensorrt-rtx")
+]
+DeviceOption = Annotated[
+    int, typer.Option(min=0, help="Number of the CUDA device, for backends that run on one")
+]
+ExitDecisionOption = Annotated[
+    str,
+    typer.Option(
+        help="Who decides to stop, on a CUDA device: device, flag, host, or auto for the first "
+        "that works"
+    ),
 ]
 PrecisionOption = Annotated[
     str | None, typer.Option(help="fp32, fp16 or int8 [default: the backend's own]")
@@ -100,9 +112,16 @@ def parse_bbox(text: str) -> tuple[float, float, float, float]:
     return x, y, w, h
 
 
-def check_choices(backend: str, precision: str | None) -> None:
+def check_choices(backend: str, precision: str | None, exit_decision: str = "auto") -> None:
     """Unknown names are wrong usage."""
     from edgetrack.backends import BACKEND_NAMES
+    from edgetrack.runtime.loop import EXIT_DECISIONS
+
+    if exit_decision not in EXIT_DECISIONS:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(EXIT_DECISIONS)}, got {exit_decision!r}",
+            param_hint="--exit-decision",
+        )
 
     if backend not in BACKEND_NAMES:
         raise typer.BadParameter(
@@ -148,13 +167,15 @@ def open_tracker(
     threshold: str | None = None,
     rules: str | None = None,
     threads: int | None = None,
+    device: int = 0,
+    exit_decision: str = "auto",
 ) -> "Tracker":
     """A tracker from the shared options."""
     from edgetrack.bundle import Bundle
     from edgetrack.runtime.target import TargetRules
     from edgetrack.tracker import Tracker
 
-    check_choices(backend, precision)
+    check_choices(backend, precision, exit_decision)
     if operating_point is not None and (exit_policy, threshold) != (None, None):
         raise typer.BadParameter(
             "expected it alone, got an exit policy or threshold too", param_hint="--operating-point"
@@ -174,6 +195,8 @@ def open_tracker(
         rules=None if rules is None else TargetRules.of(parse_rules(rules)),
         engines=engines,
         num_threads=threads,
+        device=device,
+        exit_decision=exit_decision,
     )
 
 
@@ -237,7 +260,7 @@ def print_table(
         table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
+    Console(markup=False).print(table)  # markup would swallow the extra of edgetrack[cuda]
 
 
 def milliseconds(value: float) -> str:

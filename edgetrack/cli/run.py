@@ -12,7 +12,9 @@ from edgetrack.cli.options import (
     DEFAULT_ENGINES,
     BackendOption,
     BundleOption,
+    DeviceOption,
     EnginesOption,
+    ExitDecisionOption,
     ExitPolicyOption,
     JsonOption,
     OperatingPointOption,
@@ -64,6 +66,8 @@ def track(
     threshold: ThresholdOption = None,
     rules: RulesOption = None,
     threads: ThreadsOption = None,
+    device: DeviceOption = 0,
+    exit_decision: ExitDecisionOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Follow an object through a video.
@@ -87,6 +91,8 @@ def track(
         threshold=threshold,
         rules=rules,
         threads=threads,
+        device=device,
+        exit_decision=exit_decision,
     ) as tracker:
         run = _follow(tracker, source, box, save=save, show=show, is_quiet=json)
     _print_summary(run, tracker, source=source, as_json=json)

@@ -109,6 +109,13 @@ class TestMemory:
         assert context.device == find_cuda_device(0)
         assert 0 < context.free_bytes <= context.device.memory_bytes
 
+    @pytest.mark.parametrize("call", ["cuDeviceGetAttribute", "cuDeviceTotalMem_v2", "cuInit"])
+    def test_a_device_that_cannot_be_described_is_none(self, call: str) -> None:
+        DRIVER.fail(call, INVALID_VALUE)
+
+        assert find_cuda_device() is None
+        assert find_cuda_device() is not None
+
     def test_bytes_go_to_the_device_and_come_back(self, context: CudaContext) -> None:
         stream, sent = context.stream(), np.arange(1000, dtype=np.float32).reshape(10, 100)
         memory = context.allocate(sent.nbytes, what="numbers")
@@ -299,6 +306,8 @@ class TestClosing:
         for _ in range(20):
             context, start = CudaContext.open(), threading.Barrier(8)
             memories = [context.allocate(64, what="bytes") for _ in range(20)]
+            for _ in range(20):
+                context.event()
 
             def close(context: CudaContext, start: threading.Barrier, memories: list[DeviceMemory]):
                 start.wait()

@@ -14,7 +14,7 @@ RANKS = {
     "__init__": 5,  # the face: only the command line may import it
     **dict.fromkeys(["train", "build", "evaluate", "bench", "doctor"], 5),
     **dict.fromkeys(["tracker", "parity"], 4),
-    **dict.fromkeys(["runtime", "export", "quantize"], 3),
+    **dict.fromkeys(["runtime", "export", "quantize", "power"], 3),
     **dict.fromkeys(["models", "data", "crops", "backends"], 2),
     **dict.fromkeys(["boxes", "bundle", "frames", "viz"], 1),
     "errors": 0,
@@ -28,13 +28,13 @@ HOMES = {
     "safetensors": ("models/", "export.py"),
     "tensorrt": ("backends/trt.py",),
     "tensorrt_rtx": ("backends/trt.py",),
-    "pycuda": ("backends/cuda.py", "runtime/frame_graph.py"),
-    "cuda": ("backends/cuda.py", "runtime/frame_graph.py"),
+    "pycuda": ("backends/cuda.py",),
+    "cuda": (),  # ctypes calls what PyCUDA lacks: cuda-python has no wheels for CUDA 12.6
     "onnx": ("export.py", "quantize/"),
     "onnx_graphsurgeon": ("export.py", "quantize/"),
     "onnxruntime": ("backends/ort.py", "quantize/calibrate.py"),
     "cv2": (
-        *("crops.py", "frames.py", "viz.py"),
+        *("crops.py", "frames/", "viz.py"),
         *("data/folder.py", "data/sprites.py", "data/synthetic.py"),  # pictures are their matter
         *("data/lazy.py", "data/pseudo_tracks.py"),
         *("train/image_store.py", "train/pseudo_tracks.py", "train/targets.py"),

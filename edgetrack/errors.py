@@ -16,6 +16,7 @@
     │   └── FrameSizeError       its frames change size
     ├── TrackerStateError        a call came too early, or after close
     ├── DataError                a data set is missing or malformed
+    ├── CalibrationError         crops cannot be calibrated on, or a cache does not fit
     ├── CheckpointError          weights do not fit the model
     └── TrainingError            training went wrong
 
@@ -28,6 +29,7 @@ __all__ = [
     "BundleError",
     "BundleFormatError",
     "BundleTamperedError",
+    "CalibrationError",
     "CheckpointError",
     "DataError",
     "DeviceError",
@@ -117,6 +119,10 @@ class TrackerStateError(EdgeTrackError):
 
 class DataError(EdgeTrackError):
     """A data set is missing or malformed."""
+
+
+class CalibrationError(EdgeTrackError):
+    """Crops cannot be calibrated on, or a calibration cache does not fit the model."""
 
 
 class CheckpointError(EdgeTrackError):

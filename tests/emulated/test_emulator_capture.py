@@ -89,12 +89,12 @@ class TestEnd:
         assert codes == [error]
 
     def test_a_closed_stream_ends_its_capture(self, driver: Driver) -> None:
-        stream, before = driver.stream(), driver.emulated.live_handles("graph")
+        stream = driver.stream()
         driver.begin(stream)
 
         driver.do("cuStreamDestroy_v2", stream)
 
-        assert driver.emulated.live_handles("graph") == before
+        assert driver.emulated.live_handles("graph") == 0
         assert len(driver.pinned()) == 64  # no capture is under way
 
 
@@ -110,8 +110,10 @@ class TestForks:
     def test_a_fork_must_be_joined(self, driver: Driver) -> None:
         origin, other, _ = self.fork(driver)
         driver.emulated.enqueue(other, lambda: None)
+        assert driver.emulated.live_handles("graph") == 1
 
         assert end_code(driver, origin) == "STREAM_CAPTURE_UNJOINED"
+        assert driver.emulated.live_handles("graph") == 0
 
     def test_a_fork_that_is_joined_is_part_of_the_graph(self, driver: Driver) -> None:
         origin, other, event = self.fork(driver)
@@ -173,6 +175,7 @@ class TestUnsafeCalls:
         stream = driver.stream()
         driver.begin(stream, RELAXED)
 
+        assert driver.code("cuCtxSynchronize") == "STREAM_CAPTURE_UNSUPPORTED"
         assert driver.code(name, stream) == "STREAM_CAPTURE_UNSUPPORTED"
         recorded = driver.code("cuMemsetD8Async", driver.memory(), 0, 4, stream)
         assert recorded == "STREAM_CAPTURE_INVALIDATED"

@@ -382,11 +382,15 @@ class TestLaunch:
         driver.begin(stream)
         driver.do("cuMemsetD32Async", word, 7, 1, stream)
         executable = driver.exec(driver.end(stream))
+        other, gate = driver.stream(), threading.Event()
+        driver.emulated.enqueue(other, lambda: gate.wait(10))
+        driver.do("cuMemsetD32Async", word, 7, 1, other)  # for it the memory stays a while
         driver.do("cuMemFree_v2", word)
 
         driver.do("cuGraphLaunch", executable, stream)
 
         assert driver.code("cuStreamSynchronize", stream) == "ILLEGAL_ADDRESS"
+        gate.set()
 
     def test_nodes_are_told_by_type(self, driver: Driver) -> None:
         stream, word = driver.stream(), driver.memory(4)

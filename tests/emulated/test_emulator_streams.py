@@ -49,10 +49,11 @@ class TestOrder:
 
     def test_latency_makes_a_missing_wait_show(self, driver: Driver) -> None:
         stream, word = driver.stream(), driver.memory(4)
-        driver.emulated.configure(latency_us=20_000)
+        driver.emulated.configure(latency_us=200_000)
 
         driver.do("cuMemsetD32Async", word, 7, 1, stream)
 
+        time.sleep(0.02)
         assert read(word) == 0xCDCDCDCD
         driver.sync(stream)
         assert read(word) == 7

@@ -31,11 +31,11 @@ Context* create_context(CUdevice device) {
 // Destroys what the context owns; the object stays, so that a stale handle is told from a wrong one.
 void destroy_context(Context& context) {
   context.is_alive = false;
+  free_memory_of(context);  // while its streams are known: what they execute still needs it
   close_streams_of(context);
   state().events.remove_those_of(context);
   state().execs.remove_those_of(context);
   unload_modules_of(context);
-  free_memory_of(context);
 }
 
 bool is_device(CUdevice device) {

@@ -3,9 +3,9 @@
     python benchmarks/bench_standalone.py DATA SEQUENCES [--stem S] [--samples N,M] [--seeds 0,1,2]
         [--pseudo-tracks F]
 
-Trains, under each seed, the whole model as its recipe says (N pairs for the trunk and the last exit,
-M for the shallow ones), and a model cut off behind exit 0 that sees all N + M pairs and whose stem
-and correlation serve nothing else. Both are scored in closed loop with exit 0.
+Trains, under each seed, the whole model as its recipe says (N pairs for the trunk and the last
+exit, M for the shallow ones), and a model cut off behind exit 0 that sees all N + M pairs and whose
+stem and correlation serve nothing else. Both are scored in closed loop with exit 0.
 """
 
 import argparse

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import edgetrack
-from edgetrack.backends.layer_table import read_layer_table
 from edgetrack.backends.ort import cpu_name
+from edgetrack.backends.trt.layer_table import read_layer_table
 from edgetrack.export import export_bundle
 from edgetrack.models.registry import create_model
 

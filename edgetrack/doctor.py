@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetrack.backends import BackendInfo, list_backends
-from edgetrack.backends.cuda_driver import CudaDevice, cuda_driver_version, find_cuda_device
-from edgetrack.backends.cuda_graphs import supports_conditional_nodes
+from edgetrack.backends.cuda.driver import CudaDevice, cuda_driver_version, find_cuda_device
+from edgetrack.backends.cuda.graphs import supports_conditional_nodes
 from edgetrack.backends.ort import cpu_name
 from edgetrack.power import MachineState, Nvml, read_machine_state
 

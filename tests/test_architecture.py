@@ -26,9 +26,9 @@ ALLOWED_SIDEWAYS = {
 HOMES = {
     "torch": ("models/", "train/", "export.py", "backends/eager.py"),
     "safetensors": ("models/", "export.py"),
-    "tensorrt": ("backends/trt.py",),
-    "tensorrt_rtx": ("backends/trt.py",),
-    "pycuda": ("backends/cuda.py",),
+    "tensorrt": ("backends/trt/",),
+    "tensorrt_rtx": ("backends/trt/",),
+    "pycuda": ("backends/cuda/context.py",),
     "cuda": (),  # ctypes calls what PyCUDA lacks: cuda-python has no wheels for CUDA 12.6
     "onnx": ("export.py", "quantize/"),
     "onnx_graphsurgeon": ("export.py", "quantize/"),

@@ -13,6 +13,6 @@ BETWEEN_BACKENDS = {
 # Largest absolute difference of a function and a slow twin of it, or a closed form.
 FROM_TWIN = {"float32": 1e-5, "float64": 1e-12}
 
-# Largest difference of two loops that run the same engines, one with OpenCV's crops and one with the
-# crop kernel, whose pixels differ by a grey level at most.
+# Largest difference of two loops that run the same engines, one with OpenCV's crops and one with
+# the crop kernel, whose pixels differ by a grey level at most.
 BETWEEN_LOOPS = {"bbox_px": 0.5}

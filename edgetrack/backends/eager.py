@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edgetrack.backends.cuda import find_cuda_device
-from edgetrack.backends.cuda_graphs import add_child_graph, is_capturing
+from edgetrack.backends.cuda.graphs import add_child_graph, is_capturing
 from edgetrack.backends.engine import Buffers, DeviceEngine, Engine, EngineKey
 from edgetrack.bundle import ANSWER_NAMES, Bundle, GraphSpec
 from edgetrack.errors import BackendUnavailableError, EngineError

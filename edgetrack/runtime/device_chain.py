@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrack.backends.cuda import Stream
-from edgetrack.backends.cuda_graphs import GraphExec, capture
+from edgetrack.backends.cuda.graphs import GraphExec, capture
 from edgetrack.errors import DeviceError
 from edgetrack.runtime.frame_graph import FrameParts
 from edgetrack.runtime.policies import ExitPolicy

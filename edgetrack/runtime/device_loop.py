@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrack.backends.cuda import CudaContext
-from edgetrack.backends.cuda_driver import device_of
-from edgetrack.backends.cuda_graphs import supports_conditional_nodes
+from edgetrack.backends.cuda.driver import device_of
+from edgetrack.backends.cuda.graphs import supports_conditional_nodes
 from edgetrack.bundle import Bundle
 from edgetrack.crops import CropWindow
 from edgetrack.errors import DeviceError

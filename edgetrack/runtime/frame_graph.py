@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgetrack.backends.cuda import CudaContext, Function, MappedMemory, Module, Stream
-from edgetrack.backends.cuda_graphs import (
+from edgetrack.backends.cuda.graphs import (
     GraphExec,
     capture,
     capture_to,

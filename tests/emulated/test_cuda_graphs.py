@@ -11,7 +11,7 @@ import pytest
 from emulator.hooks import EmulatedDriver
 
 from edgetrack.backends.cuda import CudaContext, Function, MappedMemory, Stream
-from edgetrack.backends.cuda_graphs import (
+from edgetrack.backends.cuda.graphs import (
     Graph,
     GraphExec,
     add_child_graph,
@@ -120,7 +120,7 @@ class TestConditions:
 
     def test_an_older_driver_has_not(self) -> None:
         script = (
-            "from edgetrack.backends.cuda_graphs import supports_conditional_nodes\n"
+            "from edgetrack.backends.cuda.graphs import supports_conditional_nodes\n"
             "print(supports_conditional_nodes())"
         )
         environment = {**os.environ, "EMULATED_CUDA_VERSION": "12030"}

@@ -138,9 +138,9 @@ class TestContexts:
     def test_after_a_failed_kernel_every_call_fails(self, driver: Driver) -> None:
         stream, word = driver.stream(), driver.memory()
         probe = driver.function(b"edgetrack_probe")
-        outside_of_a_graph = 12345678
+        of_a_graph_that_does_not_run = driver.condition(driver.graph())
 
-        launch_probe(driver, probe, stream, word, handle=outside_of_a_graph)
+        launch_probe(driver, probe, stream, word, handle=of_a_graph_that_does_not_run)
 
         assert driver.code("cuStreamSynchronize", stream) == "ILLEGAL_ADDRESS"
         assert driver.code("cuMemAlloc_v2", (ctypes.c_uint64 * 1)(), 64) == "ILLEGAL_ADDRESS"
@@ -210,6 +210,7 @@ class TestMemory:
         assert driver.code("cuMemcpyDtoH_v2", host, address + 1, 64) == "INVALID_VALUE"
         assert driver.code("cuMemsetD8_v2", address + 60, 0, 5) == "INVALID_VALUE"
         assert driver.code("cuMemFree_v2", address + 8) == "INVALID_VALUE"
+        assert driver.code("cuMemFreeHost", address) == "INVALID_VALUE"
 
     def test_pageable_memory_is_no_device_memory(self, driver: Driver) -> None:
         address, host = driver.memory(64), np.zeros(64, np.uint8)
@@ -365,15 +366,15 @@ class TestModules:
 
     @pytest.mark.parametrize("where", ["pageable", "freed"])
     def test_a_kernel_takes_addresses_of_the_device_only(self, driver, where: str) -> None:
-        stream, flag = driver.stream(), driver.function(b"edgetrack_probe")
-        host = np.zeros(8, np.uint8)
-        freed = driver.memory()
+        stream, probe = driver.stream(), driver.function(b"edgetrack_probe")
+        freed, word = driver.memory(), ctypes.c_uint32(1)
         driver.do("cuMemFree_v2", freed)
 
-        address = {"pageable": host.ctypes.data, "freed": freed}[where]
-        launch_probe(driver, flag, stream, address, handle=0)
+        address = {"pageable": ctypes.addressof(word), "freed": freed}[where]
+        launch_probe(driver, probe, stream, address, handle=0)
 
         assert driver.code("cuStreamSynchronize", stream) == "ILLEGAL_ADDRESS"
+        assert word.value == 1  # the kernel did not run
 
     def test_a_bad_address_inside_a_kernel_is_not_the_end_of_the_process(self, driver) -> None:
         stream, crop = driver.stream(), driver.function(b"edgetrack_crop")

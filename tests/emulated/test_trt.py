@@ -10,15 +10,15 @@ import pytest
 from toy_bundle import write_toy_bundle
 
 from edgetrack.backends.trt import TensorRTBackend
-from edgetrack.backends.trt_builder import part_of, read_timings
-from edgetrack.backends.trt_child import free_memory_bytes
+from edgetrack.backends.trt.builder import part_of, read_timings
+from edgetrack.backends.trt.child import free_memory_bytes
 from edgetrack.build import build
 from edgetrack.bundle import Bundle
 from edgetrack.errors import BackendUnavailableError
 
 PACKAGE = "from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n"
 METADATA = "Metadata-Version: 2.1\nName: tensorrt\nVersion: 10.3.0\n"
-ASK = "from edgetrack.backends.trt_child import free_memory_bytes; print(free_memory_bytes())"
+ASK = "from edgetrack.backends.trt.child import free_memory_bytes; print(free_memory_bytes())"
 TIMINGS = "timings-Emulated_sm_87-sm_87-tensorrt10.3.0.cache"
 
 

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from edgetrack.backends.layer_table import (
+from edgetrack.backends.trt.layer_table import (
     LayerRow,
     layer_table,
     read_layer_table,

@@ -1,8 +1,8 @@
 """A CUDA device's primary context, through PyCUDA: memory, streams, events and kernels in it.
 
 The primary context is the one that torch, TensorRT and the CUDA runtime use, so all of them see
-each other's memory. Who shares it is in ``cuda_primary``, what is made in it in ``cuda_memory``
-and ``cuda_streams``; graphs are in ``cuda_graphs``.
+each other's memory. Who shares it is in ``primary``, what is made in it in ``memory`` and
+``streams``; graphs are in ``graphs``.
 """
 
 import ctypes
@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetrack.backends.cuda_driver import (
-    CudaDevice,
+from edgetrack.backends.cuda.driver import (
     count_cuda_devices,
     cuda_driver_version,
     driver_version,
     find_cuda_device,
     was_started_before_fork,
 )
-from edgetrack.backends.cuda_memory import DeviceMemory, MappedMemory, Resource
-from edgetrack.backends.cuda_primary import ContextEntry, PrimaryContext, share_primary
-from edgetrack.backends.cuda_streams import Event, Function, Module, Stream
+from edgetrack.backends.cuda.memory import DeviceMemory, MappedMemory, Resource
+from edgetrack.backends.cuda.primary import ContextEntry, PrimaryContext, share_primary
+from edgetrack.backends.cuda.streams import Event, Module, Stream
 from edgetrack.errors import (
     BackendUnavailableError,
     DeviceError,
@@ -31,18 +30,7 @@ from edgetrack.errors import (
     package_missing,
 )
 
-__all__ = [
-    "CudaContext",
-    "CudaDevice",
-    "DeviceMemory",
-    "Event",
-    "Function",
-    "MappedMemory",
-    "Module",
-    "Stream",
-    "cuda_driver_version",
-    "find_cuda_device",
-]
+__all__ = ["CudaContext"]
 
 OLDEST_DRIVER = 12040  # the first with conditional graph nodes
 

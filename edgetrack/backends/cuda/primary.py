@@ -15,14 +15,14 @@ from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any, Protocol
 
-from edgetrack.backends.cuda_driver import (
+from edgetrack.backends.cuda.driver import (
     CudaDevice,
     call_driver,
     describe_failure,
     load_driver,
     was_started_before_fork,
 )
-from edgetrack.backends.cuda_memory import Resource, keep_forever
+from edgetrack.backends.cuda.memory import Resource, keep_forever
 from edgetrack.errors import DeviceError
 
 __all__ = ["ContextEntry", "PrimaryContext", "Share", "share_primary"]

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from toy_bundle import write_toy_bundle
 
-from edgetrack.backends.cuda_driver import find_cuda_device
-from edgetrack.backends.layer_table import read_layer_table
-from edgetrack.backends.trt_builder import BuildJob, compile_graph
-from edgetrack.backends.trt_child import compile_in_child, free_memory_bytes
+from edgetrack.backends.cuda.driver import find_cuda_device
+from edgetrack.backends.trt.builder import BuildJob, compile_graph
+from edgetrack.backends.trt.child import compile_in_child, free_memory_bytes
+from edgetrack.backends.trt.layer_table import read_layer_table
 from edgetrack.errors import BackendUnavailableError, EngineBuildError
 
-PROJECT = str(Path(__file__).parents[2])
+PROJECT = str(Path(__file__).parents[3])
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
     reason='needs tensorrt_rtx: pip install "edgetrack[tensorrt-rtx]"',
@@ -26,8 +26,8 @@ needs_rtx = pytest.mark.skipif(
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from edgetrack.backends.trt_builder import BuildJob
-from edgetrack.backends.trt_child import compile_in_child
+from edgetrack.backends.trt.builder import BuildJob
+from edgetrack.backends.trt.child import compile_in_child
 print("script", flush=True)
 def wait(phase, fraction):
     child = int(open(f"/proc/self/task/{os.getpid()}/children").read().split()[0])

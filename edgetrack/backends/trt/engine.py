@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgetrack.backends.trt_errors import make_log, make_recorder, run_error
+from edgetrack.backends.trt.errors import make_log, make_recorder, run_error
 from edgetrack.bundle import GraphSpec
 from edgetrack.errors import EdgeTrackError, EngineError, EngineMismatchError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgetrack.backends import cuda_graphs
-from edgetrack.backends.cuda_graphs import supports_conditional_nodes
+from edgetrack.backends.cuda import graphs
+from edgetrack.backends.cuda.graphs import supports_conditional_nodes
 
 # Name there → name here, as an offset in bytes; constants as themselves.
 LAYOUT = {
@@ -26,13 +26,13 @@ LAYOUT = {
     "offsetof(CUDA_CONDITIONAL_NODE_PARAMS, ctx)": 24,
 }
 CONSTANTS = {
-    "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": cuda_graphs._CAPTURE_THREAD_LOCAL,
-    "CU_STREAM_CAPTURE_STATUS_ACTIVE": cuda_graphs._CAPTURE_ACTIVE,
-    "CU_STREAM_SET_CAPTURE_DEPENDENCIES": cuda_graphs._SET_DEPENDENCIES,
-    "CU_GRAPH_COND_ASSIGN_DEFAULT": cuda_graphs._ASSIGN_DEFAULT,
-    "CU_GRAPH_COND_TYPE_IF": cuda_graphs._CONDITION_IF,
-    "CU_GRAPH_NODE_TYPE_GRAPH": cuda_graphs._NODE_GRAPH,
-    "CU_GRAPH_NODE_TYPE_CONDITIONAL": cuda_graphs._NODE_CONDITIONAL,
+    "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": graphs._CAPTURE_THREAD_LOCAL,
+    "CU_STREAM_CAPTURE_STATUS_ACTIVE": graphs._CAPTURE_ACTIVE,
+    "CU_STREAM_SET_CAPTURE_DEPENDENCIES": graphs._SET_DEPENDENCIES,
+    "CU_GRAPH_COND_ASSIGN_DEFAULT": graphs._ASSIGN_DEFAULT,
+    "CU_GRAPH_COND_TYPE_IF": graphs._CONDITION_IF,
+    "CU_GRAPH_NODE_TYPE_GRAPH": graphs._NODE_GRAPH,
+    "CU_GRAPH_NODE_TYPE_CONDITIONAL": graphs._NODE_CONDITIONAL,
     "CU_GRAPH_NODE_TYPE_HOST": 3,
     "CU_GRAPH_NODE_TYPE_MEM_ALLOC": 10,
     "CU_GRAPH_NODE_TYPE_MEM_FREE": 11,
@@ -59,7 +59,7 @@ def find_header() -> Path:
 
 
 def test_structures_are_laid_out_as_the_driver_reads_them() -> None:
-    params, node = cuda_graphs._ConditionalParams, cuda_graphs._NodeParams
+    params, node = graphs._ConditionalParams, graphs._NodeParams
 
     assert list(LAYOUT.values()) == [
         ctypes.sizeof(node),
@@ -101,7 +101,7 @@ def test_the_header_still_has_the_forms_that_are_called() -> None:
 
 
 def test_without_a_driver_there_are_no_conditional_nodes() -> None:
-    if cuda_graphs.load_driver() is not None:
+    if graphs.load_driver() is not None:
         pytest.skip("this machine has a CUDA driver")
 
     assert not supports_conditional_nodes()

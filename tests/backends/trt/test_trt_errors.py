@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from edgetrack.backends.trt_errors import KNOWN_ERRORS, build_error, run_error
+from edgetrack.backends.trt.errors import KNOWN_ERRORS, build_error, run_error
 from edgetrack.errors import (
     BackendUnavailableError,
     DeviceError,

@@ -8,16 +8,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from toy_bundle import write_toy_bundle
 
-from edgetrack.backends.cuda_driver import find_cuda_device
-from edgetrack.backends.layer_table import read_layer_table
+from edgetrack.backends.cuda.driver import find_cuda_device
 from edgetrack.backends.trt import TensorRTBackend
-from edgetrack.backends.trt_builder import (
+from edgetrack.backends.trt.builder import (
     BuildJob,
     compile_graph,
     configure,
     read_timings,
     write_timings,
 )
+from edgetrack.backends.trt.layer_table import read_layer_table
 from edgetrack.bundle import Bundle
 from edgetrack.errors import (
     BackendUnavailableError,

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 from edgetrack.backends import import_package, installed_version
-from edgetrack.backends.cuda_driver import CudaDevice, find_cuda_device
+from edgetrack.backends.cuda.driver import CudaDevice, find_cuda_device
 from edgetrack.backends.engine import EngineKey
-from edgetrack.backends.trt_builder import (
+from edgetrack.backends.trt.builder import (
     WORKSPACE_BYTES,
     BuildJob,
     compile_graph,
     part_of,
 )
-from edgetrack.backends.trt_child import compile_in_child
-from edgetrack.backends.trt_engine import TensorRTEngine
+from edgetrack.backends.trt.child import compile_in_child
+from edgetrack.backends.trt.engine import TensorRTEngine
 from edgetrack.bundle import GraphSpec
 from edgetrack.errors import BackendUnavailableError, EngineNotFoundError
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetrack.backends import import_package
-from edgetrack.backends.layer_table import layer_table, write_layer_table
-from edgetrack.backends.trt_errors import build_error, make_log
+from edgetrack.backends.trt.errors import build_error, make_log
+from edgetrack.backends.trt.layer_table import layer_table, write_layer_table
 from edgetrack.errors import BackendUnavailableError, EngineBuildError
 
 __all__ = [

@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from edgetrack.backends.cuda_driver import call_driver, find_cuda_device
-from edgetrack.backends.trt_builder import BuildJob, StepReport, compile_graph
-from edgetrack.backends.trt_errors import build_error
+from edgetrack.backends.cuda.driver import call_driver, find_cuda_device
+from edgetrack.backends.trt.builder import BuildJob, StepReport, compile_graph
+from edgetrack.backends.trt.errors import build_error
 from edgetrack.errors import EdgeTrackError
 
 __all__ = ["compile_in_child", "free_memory_bytes", "serve"]
@@ -28,7 +28,7 @@ __all__ = ["compile_in_child", "free_memory_bytes", "serve"]
 _START = (
     "import sys; from multiprocessing.connection import Connection; "
     "parent = Connection(int(sys.argv[1])); sys.path[:] = parent.recv(); "
-    "from edgetrack.backends.trt_child import serve; serve(parent)"
+    "from edgetrack.backends.trt.child import serve; serve(parent)"
 )
 _MAX_TAIL_CHARS = 500
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from edgetrack.backends.layer_table import LayerRow, read_layer_table
+from edgetrack.backends.trt.layer_table import LayerRow, read_layer_table
 from edgetrack.build import build
 from edgetrack.export import export_bundle
 from edgetrack.models.early_exit_vit import CONFIGS

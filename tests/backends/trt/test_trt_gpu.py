@@ -14,12 +14,12 @@ from tolerances import BETWEEN_BACKENDS
 from toy_bundle import write_toy_bundle
 
 from edgetrack.backends.cuda import CudaContext
-from edgetrack.backends.cuda_driver import find_cuda_device
-from edgetrack.backends.cuda_graphs import GraphExec, capture
-from edgetrack.backends.cuda_streams import Stream
+from edgetrack.backends.cuda.driver import find_cuda_device
+from edgetrack.backends.cuda.graphs import GraphExec, capture
+from edgetrack.backends.cuda.streams import Stream
 from edgetrack.backends.ort import OnnxRuntimeBackend
 from edgetrack.backends.trt import TensorRTBackend
-from edgetrack.backends.trt_engine import TensorRTEngine
+from edgetrack.backends.trt.engine import TensorRTEngine
 from edgetrack.build import build
 from edgetrack.bundle import Bundle
 from edgetrack.errors import BackendUnavailableError

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from edgetrack.backends.cuda_driver import call_driver, driver_error, load_driver
-from edgetrack.backends.cuda_memory import Resource, Scope
+from edgetrack.backends.cuda.driver import call_driver, driver_error, load_driver
+from edgetrack.backends.cuda.memory import Resource, Scope
 from edgetrack.errors import DeviceError
 
 __all__ = ["Event", "Function", "Module", "Stream"]

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from ctypes import byref, c_int, c_size_t, c_void_p
 from types import MappingProxyType
 
-from edgetrack.backends.cuda_driver import (
+from edgetrack.backends.cuda.driver import (
     call_driver,
     driver_error,
     driver_version,

@@ -78,12 +78,12 @@ missing = [f"{c}.{n}" for c, names in REQUIRED_API.items() for n in names.split(
 assert not missing, missing
 """,
     "network_flags": """
-from edgetrack.backends.trt_builder import network_flags
+from edgetrack.backends.trt.builder import network_flags
 strongly_typed = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
 assert network_flags(trt) == 1 << int(strongly_typed)
 """,
     "configure": """
-from edgetrack.backends.trt_builder import WORKSPACE_BYTES, configure
+from edgetrack.backends.trt.builder import WORKSPACE_BYTES, configure
 config, pools = Stand(trt.IBuilderConfig), trt.MemoryPoolType
 configure(trt, config)
 common = [
@@ -103,7 +103,7 @@ assert capped.seen == [
 ], capped.seen
 """,
     "timings": """
-from edgetrack.backends.trt_builder import set_timings
+from edgetrack.backends.trt.builder import set_timings
 def config(*, is_accepted, is_read=True):
     caches = []
     def create(timings):
@@ -126,7 +126,7 @@ for caches, foreign in (config(is_accepted=False), config(is_accepted=False, is_
     ], foreign.seen
 """,
     "log": """
-from edgetrack.backends.trt_errors import make_log, make_recorder
+from edgetrack.backends.trt.errors import make_log, make_recorder
 log = make_log(trt)
 log.log(trt.Logger.VERBOSE, "Layers:")
 log.log(trt.Logger.ERROR, "wrong")
@@ -149,7 +149,7 @@ assert log.take() == [
 assert log.take() == []
 """,
     "monitor": """
-from edgetrack.backends.trt_builder import make_monitor
+from edgetrack.backends.trt.builder import make_monitor
 steps, cancelled = [], threading.Event()
 monitor = make_monitor(trt, steps.append, cancelled)
 monitor.phase_start("all", None, 2)
@@ -185,7 +185,7 @@ else:
 """,
     "run": """
 import types
-from edgetrack.backends.trt_engine import TensorRTEngine
+from edgetrack.backends.trt.engine import TensorRTEngine
 from edgetrack.bundle import Bundle
 from edgetrack.errors import EngineError, EngineMismatchError
 plan = Path(sys.argv[2])
@@ -335,7 +335,7 @@ def test_tensorrt_rtx_has_what_is_used(check: str, tmp_path: Path) -> None:
 def run_check(check: str, version: str, package_folder: Path, bundle_folder: Path) -> None:
     """Run a check where ``import tensorrt`` finds what lies in a folder."""
     bundle = write_toy_bundle(bundle_folder)
-    project = str(Path(__file__).parents[2])
+    project = str(Path(__file__).parents[3])
 
     done = subprocess.run(
         [sys.executable, "-c", HEADER + CHECKS[check], version,

@@ -15,7 +15,7 @@ from toy_bundle import write_toy_bundle
 
 from edgetrack.backends import get_backend
 from edgetrack.backends.engine import SIDECAR_NAME, EngineKey, EngineSet, find_engines
-from edgetrack.backends.layer_table import read_layer_table
+from edgetrack.backends.trt.layer_table import read_layer_table
 from edgetrack.build import BuildProgress, build
 from edgetrack.bundle import Bundle, sha256_of
 from edgetrack.errors import (

@@ -109,7 +109,7 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
 
 def _inspect_engines(path: Path, *, as_json: bool) -> None:
     from edgetrack.backends.engine import EngineSet
-    from edgetrack.backends.layer_table import read_layer_table
+    from edgetrack.backends.trt.layer_table import read_layer_table
 
     engines = EngineSet.read(path)
     engines.verify(engines.key)

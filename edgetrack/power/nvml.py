@@ -3,7 +3,7 @@
 import ctypes
 from typing import Any
 
-from edgetrack.backends.cuda_driver import find_cuda_device, load_driver
+from edgetrack.backends.cuda.driver import find_cuda_device, load_driver
 from edgetrack.power.sysfs import Clock, Known
 
 __all__ = ["CARD_RAIL", "Nvml"]

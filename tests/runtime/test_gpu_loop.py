@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgetrack.backends.cuda_driver import find_cuda_device
+from edgetrack.backends.cuda.driver import find_cuda_device
 from edgetrack.bundle import Bundle
 from edgetrack.data.synthetic import render_clip
 from edgetrack.runtime.frame_source import GpuFrame

@@ -1,16 +1,28 @@
 """The same inputs through torch and through ONNX Runtime, graph by graph."""
 
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
 import numpy as np
+import numpy.typing as npt
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from recorded import record_inputs
 from tolerances import BETWEEN_BACKENDS
 
 from edgetrack.backends.eager import EagerBackend
-from edgetrack.backends.engine import Backend
+from edgetrack.backends.engine import Backend, Engine
 from edgetrack.backends.ort import OnnxRuntimeBackend
+from edgetrack.build import build
 from edgetrack.bundle import ANSWER_NAMES, Bundle
+from edgetrack.errors import EngineMismatchError
 from edgetrack.models.registry import load_model
+from edgetrack.parity import EngineRunner, compare, open_runner
 from edgetrack.runtime.buffers import allocate
 from edgetrack.runtime.chain import Chain
 from edgetrack.runtime.policies import ExitPolicy
@@ -29,7 +41,8 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 
 
 def chain_on(backend: Backend, bundle: Bundle) -> Chain:
-    return Chain(bundle, [backend.load_onnx(bundle.graph_path(g), g) for g in bundle.graphs])
+    engines = [backend.load_onnx(bundle.graph_path(g), g) for g in bundle.graphs]
+    return Chain(bundle, cast("list[Engine]", engines))
 
 
 def exact_answers(bundle: Bundle, inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -103,3 +116,88 @@ def test_the_chain_in_onnx_runtime_equals_the_forward_pass(bundle: Bundle) -> No
         for answer, other in zip(chain_answers(chain, bundle, inputs), expected, strict=True):
             for name in ANSWER_NAMES:
                 np.testing.assert_allclose(answer[name], other[name], atol=tolerance[name], rtol=0)
+
+
+@pytest.fixture
+def exact(shipped_bundle: Bundle) -> Iterator[EngineRunner]:
+    runner = open_runner(shipped_bundle, OnnxRuntimeBackend(), engines=None)
+    yield runner
+    runner.close()
+
+
+def scaled(bundle: Bundle, folder: Path, *, graph: str, factor: float) -> Bundle:
+    """A copy of a bundle in which the largest weight of one graph is scaled."""
+    shutil.copytree(bundle.path, folder)
+    path = folder / f"{graph}.onnx"
+    proto = onnx.load(path)
+    weight = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weight.CopyFrom(
+        numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name)
+    )
+    onnx.save(proto, path)
+    return dataclasses.replace(Bundle.load(folder, verify=False), path=folder).write()
+
+
+def test_engines_agree_with_themselves(shipped_bundle: Bundle, exact: EngineRunner) -> None:
+    report = compare(shipped_bundle, exact, exact, record_inputs(shipped_bundle.crops))
+
+    assert {t.max_abs for t in report.tensors} == {0}
+    assert {t.rms for t in report.tensors} == {0}
+    assert min(t.cosine for t in report.tensors) == pytest.approx(1)
+    assert report.first_departing is None
+    assert report.bbox_iou_min == pytest.approx(1)
+    assert report.exit_agreement == 1
+    assert [t.graph for t in report.tensors][:2] == ["template", "template"]
+    assert report.num_crops == 6
+
+
+@pytest.mark.parametrize("graph", ["segment_1", "segment_2"])
+def test_the_graph_that_departs_is_named_and_not_those_behind_it(
+    shipped_bundle: Bundle, exact: EngineRunner, tmp_path: Path, graph: str
+) -> None:
+    changed = scaled(shipped_bundle, tmp_path / "changed", graph=graph, factor=1.5)
+    other = open_runner(changed, OnnxRuntimeBackend(), engines=None)
+
+    report = compare(shipped_bundle, exact, other, record_inputs(shipped_bundle.crops))
+    other.close()
+
+    assert report.first_departing is not None
+    assert report.first_departing.graph == graph
+    assert {t.graph for t in report.tensors if t.rms > 0} == {graph}
+    assert report.bbox_iou_min < 1
+
+
+class Broken:
+    """An engine set whose answers are not numbers."""
+
+    def __init__(self, runner: EngineRunner) -> None:
+        self.runner = runner
+
+    def run(self, index: int, inputs: Any) -> dict[str, npt.NDArray[Any]]:
+        return {k: v * np.float32(np.nan) for k, v in self.runner.run(index, inputs).items()}
+
+    def close(self) -> None:
+        self.runner.close()
+
+
+def test_what_is_no_number_departs(shipped_bundle: Bundle, exact: EngineRunner) -> None:
+    report = compare(shipped_bundle, exact, Broken(exact), record_inputs(shipped_bundle.crops))
+
+    assert report.first_departing == report.tensors[0]
+    assert report.bbox_iou_mean == 0
+
+
+def test_nothing_to_compare_on_is_refused(shipped_bundle: Bundle, exact: EngineRunner) -> None:
+    with pytest.raises(ValueError, match=r"^parity: expected crops to compare on, got none"):
+        compare(shipped_bundle, exact, exact, [])
+
+
+def test_engines_of_another_bundle_are_refused(
+    toy: Bundle, shipped_bundle: Bundle, tmp_path: Path
+) -> None:
+    engines = build(toy, backend="onnxruntime", output=tmp_path)
+
+    with pytest.raises(
+        EngineMismatchError, match=r"expected engines of early_exit_vit-tiny .* toy"
+    ):
+        open_runner(shipped_bundle, OnnxRuntimeBackend(), engines=engines)

@@ -1,12 +1,19 @@
 """``edgetrack inspect`` and ``edgetrack doctor``: what is in a folder, what is on this machine."""
 
+import contextlib
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetrack.cli.options import JsonOption, print_json, print_table
+from edgetrack.cli.options import JsonOption, parse_bbox, print_json, print_table
 from edgetrack.errors import BundleError
+
+if TYPE_CHECKING:
+    from edgetrack.bundle import Bundle
+    from edgetrack.parity import EngineRunner, ParityReport
 
 __all__ = ["doctor", "inspect"]
 
@@ -15,14 +22,36 @@ def inspect(
     path: Annotated[
         Path | None, typer.Argument(help="Bundle or engine folder [default: the one that ships]")
     ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A B",
+            help="Run the bundle's crops through two engine folders, or backends by name, and say "
+            "where B departs from A",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="Video or folder to cut the crops from [default: a rendered clip]"),
+    ] = None,
+    bbox: Annotated[str | None, typer.Option(help="The target in its first frame: x,y,w,h")] = None,
+    frames: Annotated[int, typer.Option(min=2, help="Frames to compare on, at most")] = 60,
+    tolerance: Annotated[
+        float, typer.Option(help="Relative RMS difference above which a tensor departs")
+    ] = 1e-3,
+    plot: Annotated[Path | None, typer.Option(help="Write the differences as a picture")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what is in a bundle or in a folder of engines.
+    """Show what is in a bundle or in a folder of engines, or where two sets of engines differ.
 
-    Example: edgetrack inspect my_bundle
+    Example: edgetrack inspect --compare onnxruntime engines/early_exit_vit-tiny-int8-…
     """
     from edgetrack.backends.engine import SIDECAR_NAME
 
+    if compare is not None:
+        crops = _Crops(source, bbox, frames)
+        _compare(path, compare, crops, tolerance=tolerance, plot=plot, as_json=json)
+        return
     if path is not None and (path / SIDECAR_NAME).is_file():
         _inspect_engines(path, as_json=json)
     elif path is not None and not path.is_dir():
@@ -33,6 +62,106 @@ def inspect(
         raise BundleError(f"{path}: expected one folder of engines, got several; inspect {names}")
     else:
         _inspect_bundle(path, as_json=json)
+
+
+@dataclass(frozen=True)
+class _Crops:
+    """Where crops to compare on come from."""
+
+    source: str | None
+    bbox: str | None
+    num_frames: int
+
+    def record(self, bundle: "Bundle") -> "list[dict[str, Any]]":
+        """What the bundle's own tracker cuts."""
+        from edgetrack.runtime.recording import record_crops
+
+        if (self.source is None) != (self.bbox is None):
+            raise typer.BadParameter("--source and --bbox go together", param_hint="--bbox")
+        if self.source is None or self.bbox is None:
+            from edgetrack.data.synthetic import render_clip
+
+            clip = list(render_clip(num_frames=self.num_frames))
+            images, box = [frame for frame, _ in clip], clip[0][1].tolist()
+        else:
+            from edgetrack.frames import read_frames
+
+            box = parse_bbox(self.bbox)
+            with read_frames(self.source) as frames:
+                images = list(itertools.islice(frames, self.num_frames))
+        return [crops for _, crops in record_crops(bundle, images, box, name="frames")]
+
+
+def _compare(
+    path: Path | None,
+    names: tuple[str, str],
+    crops: _Crops,
+    *,
+    tolerance: float,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    from edgetrack.bundle import Bundle
+    from edgetrack.parity import compare
+
+    bundle = Bundle.load(path)
+    with contextlib.ExitStack() as opened:
+        first, second = (_runner(bundle, name, opened) for name in names)
+        report = compare(bundle, first, second, crops.record(bundle), tolerance=tolerance)
+    if plot is not None:
+        _plot_differences(report, plot, title=f"{names[1]} beside {names[0]}")
+    if as_json:
+        print_json(report.as_dict())
+        return
+    rows = [
+        (t.graph, t.tensor, f"{t.max_abs:.2e}", f"{t.rms:.2e}", f"{t.cosine:.6f}")
+        for t in report.tensors
+    ]
+    header = ("graph", "tensor", "max", "relative RMS", "cosine")
+    print_table(f"{names[1]} beside {names[0]}", header, rows)
+    typer.echo(
+        f"boxes: IoU {report.bbox_iou_mean:.4f} mean, {report.bbox_iou_min:.4f} at worst; "
+        f"exits agree on {report.exit_agreement:.1%} of {report.num_crops} crops"
+    )
+    departing = report.first_departing
+    typer.echo(
+        f"no tensor departs by more than {tolerance:g}"
+        if departing is None
+        else f"first to depart by more than {tolerance:g}: {departing.tensor} of {departing.graph}"
+    )
+
+
+def _runner(bundle: "Bundle", name: str, opened: contextlib.ExitStack) -> "EngineRunner":
+    """Engines in a folder, or those that a backend of this name makes in memory."""
+    from edgetrack.backends import BACKEND_NAMES, get_backend
+    from edgetrack.backends.engine import EngineSet
+    from edgetrack.parity import open_runner
+
+    engines = None if name in BACKEND_NAMES else EngineSet.read(Path(name))
+    backend = get_backend(name if engines is None else engines.key.backend)
+    if engines is not None:
+        key = engines.key
+        engines.verify(
+            backend.key(model=key.model, bundle_digest=key.bundle_digest, precision=key.precision)
+        )
+    runner = open_runner(bundle, backend, engines=engines)
+    opened.callback(runner.close)
+    return runner
+
+
+def _plot_differences(report: "ParityReport", path: Path, *, title: str) -> None:
+    from edgetrack.viz import plot_curves
+
+    answers = ("bbox_cxcywh", "score", "uncertainty")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for position, t in enumerate(report.tensors):
+        curves.setdefault(t.tensor if t.tensor in answers else "tokens", []).append(
+            (position, t.rms)
+        )
+    graphs = "template, then segment by segment"
+    plot_curves(
+        curves, path, x_label=f"outputs in order: {graphs}", y_label="relative RMS", title=title
+    )
 
 
 def doctor(json: JsonOption = False) -> None:

@@ -36,7 +36,7 @@ class Tracker:
         engines: Folder where ``edgetrack build`` put engines. ONNX Runtime starts straight from
             the bundle if none are there.
         num_threads: Threads of a CPU backend; ``None`` lets it choose.
-        device: Number of the CUDA device, for backends that run on one.
+        device: Number of the CUDA device, for a backend that is given by name and runs on one.
         exit_decision: Who decides to stop, on a CUDA device: ``device`` (one CUDA graph per frame),
             ``flag`` (the host reads a flag after each segment) or ``host`` (it waits for each
             segment, and times it); ``auto`` is the first of them that works here. On a CPU it is
@@ -105,7 +105,7 @@ class Tracker:
         self.backend = chosen.name
         self.precision = chosen.precisions[0] if precision is None else precision
         load = _Loader(self.bundle, chosen, precision=self.precision, root=Path(engines))
-        self._loop = _open_loop(load, self.rules, exit_decision, policy, device=device)
+        self._loop = _open_loop(load, self.rules, exit_decision, policy)
         self.engines_path = load.path
         self._exit_policy = policy
         self._frame_shape: tuple[int, ...] = ()
@@ -169,7 +169,9 @@ class Tracker:
         self._require_open()
         frame = self._loop.check(frame)
         height, width = frame.shape[:2]
-        self._loop.start(frame, as_bbox_xywh(bbox, width_px=width, height_px=height))
+        bbox_xywh = as_bbox_xywh(bbox, width_px=width, height_px=height)
+        self._frame_shape = ()  # should the next line fail, init is to be called again
+        self._loop.start(frame, bbox_xywh)
         self._frame_shape, self._num_frames = frame.shape, 1
 
     def update(self, frame: Any) -> TrackResult:
@@ -193,9 +195,9 @@ class Tracker:
     def update_async(self, frame: Any) -> PendingResult:
         """Hand in the next frame without waiting for the answer.
 
-        On a CUDA device this returns at once, so that the next frame can be decoded meanwhile; at
-        most four frames are under way, and the next call waits for the oldest. On a CPU the work
-        is done before it returns.
+        Where a CUDA device decides, this returns at once, so that the next frame can be decoded
+        meanwhile. Four frames may be under way, two if they lie in host memory; the next call waits
+        for the oldest. Where the host decides, the work is done before it returns.
 
         Args:
             frame: As in ``update``; one in device memory must not be written to before its result
@@ -290,9 +292,7 @@ class _Loader:
         return engines
 
 
-def _open_loop(
-    load: _Loader, rules: TargetRules, exit_decision: str, policy: ExitPolicy, *, device: int
-) -> Loop:
+def _open_loop(load: _Loader, rules: TargetRules, exit_decision: str, policy: ExitPolicy) -> Loop:
     """What runs the frames: on the backend's device; the loop frees the engines."""
     if load.backend.runs_on == "cuda":
         # Needs PyCUDA.
@@ -304,7 +304,7 @@ def _open_loop(
             rules=rules,
             exit_decision=exit_decision,
             policy=policy,
-            device=device,
+            device=load.backend.device,
         )
     if exit_decision not in ("auto", "host"):
         raise ValueError(

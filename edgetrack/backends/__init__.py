@@ -53,7 +53,9 @@ _PACKAGES: Mapping[str, _Package] = {
         "run: pip install onnxruntime",
     ),
     "eager": _Package("torch", ("torch",), 'run: pip install "edgetrack[train]"'),
-    "torch-cuda": _Package("torch", ("torch",), "install a CUDA build of torch (see pytorch.org)"),
+    "torch-cuda": _Package(
+        "torch", ("torch",), "install a CUDA build of torch 2.8 or newer (see pytorch.org)"
+    ),
     "tensorrt": _Package(
         "tensorrt",
         ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),

@@ -98,10 +98,12 @@ class Backend(Protocol):
         engine_suffix: File suffix of its engines.
         runs_on: Where its engines run; ``load`` gives an ``Engine`` on ``cpu`` and a
             ``DeviceEngine`` on ``cuda``, where the primary context must be current.
+        device: Number of the CUDA device that they run on; 0 on a CPU.
     """
 
     name: str
     runs_on: Literal["cpu", "cuda"]
+    device: int
     precisions: tuple[str, ...]
     engine_suffix: str
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrack.backends.cuda import Stream
-from edgetrack.backends.cuda.graphs import GraphExec, capture
+from edgetrack.backends.cuda.graphs import GraphExec, capture, without_garbage_collection
 from edgetrack.errors import DeviceError
 from edgetrack.runtime.frame_graph import FrameParts
 from edgetrack.runtime.policies import ExitPolicy
@@ -58,10 +58,11 @@ class FlagChain:
         self._graphs: list[GraphExec] = []
         last = len(parts.segments) - 1
         try:
-            for index in range(len(parts.segments)):
-                self._graphs.append(self._captured(parts, index, is_last=index == last))
-            with capture(parts.stream.handle) as captured:
-                parts.settle(parts.stream)
+            with without_garbage_collection():
+                for index in range(len(parts.segments)):
+                    self._graphs.append(self._captured(parts, index, is_last=index == last))
+                with capture(parts.stream.handle) as captured:
+                    parts.settle(parts.stream)
             self._graphs.append(GraphExec(captured.graph, parts.stream.handle))
         except BaseException:
             self.close()

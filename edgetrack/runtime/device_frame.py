@@ -60,7 +60,6 @@ class DeviceFrame:
         self._context, self._engines = context, engines
         self._crops: CropSpec = bundle.crops
         self.stream = owned.enter_context(contextlib.closing(context.stream()))
-        self._arrival = owned.enter_context(contextlib.closing(context.event(with_timing=False)))
         self.buffers = owned.enter_context(
             contextlib.closing(DeviceBuffers(context, bundle, engines))
         )
@@ -72,6 +71,7 @@ class DeviceFrame:
             "results": (RESULT, RING),
             "flags": (np.dtype(np.uint32), bundle.num_exits),
             "decisions": (DECISION, RING),
+            "answer": (np.dtype(np.float32), 2),
         }
         state = {
             "target": (TARGET, 1),
@@ -96,6 +96,7 @@ class DeviceFrame:
         }
         self.sources, self.results, self.flags = views["sources"], views["results"], views["flags"]
         self._decisions, self._num_decisions = views["decisions"], 0
+        self._answer = views["answer"]
         self._addresses: Mapping[str, np.uint64] = {
             **{name: np.uint64(words.address + offset) for name, offset in mapped_offsets.items()},
             **{name: np.uint64(memory.address + offset) for name, offset in offsets.items()},
@@ -103,7 +104,8 @@ class DeviceFrame:
         }
         self.num_bytes = self.buffers.num_bytes + num_bytes
         self.buffers.clear(self.stream)
-        self._warm_up()
+        self.stream.synchronize()  # engines may first run on streams of their own
+        self._bind()
 
     def parts(self) -> FrameParts:
         """The frame, to be captured or run piece by piece."""
@@ -139,11 +141,6 @@ class DeviceFrame:
         address = int(self._addresses["target"]) + _EXIT_INDEX_OFFSET
         self._context.set_bytes(address, exit_index, 1, self.stream)
 
-    def wait_for(self, stream: int) -> None:
-        """Let what comes next wait for the work that another stream has so far."""
-        self._arrival.record_on(stream)
-        self.stream.wait(self._arrival)
-
     def embed_template(self, target: Array, bbox_cxcywh: npt.NDArray[np.float32]) -> None:
         """Cut the template from the frame in slot 0 of ``sources`` and run its engine.
 
@@ -159,21 +156,23 @@ class DeviceFrame:
         self.stream.synchronize()
 
     def read_answer(self) -> tuple[float, float]:
-        """Uncertainty and score of the segment that ran last; waits for the stream."""
-        uncertainty = self.buffers.read("uncertainty", self.stream)
-        return float(uncertainty[0]), float(self.buffers.read("score", self.stream)[0])
+        """Uncertainty and score of the segment that ran last; waits for the stream once."""
+        for word, name in enumerate(("uncertainty", "score")):
+            target = int(self._addresses["answer"]) + 4 * word
+            self._context.copy_on_device(target, int(self._addresses[name]), 4, self.stream)
+        self.stream.synchronize()
+        uncertainty, score = self._answer.tolist()
+        return uncertainty, score
 
     def _write(self, name: str, value: Array) -> None:
         self._context.copy_to_device(int(self._addresses[name]), value.reshape(1), self.stream)
         self.stream.synchronize()
 
-    def _warm_up(self) -> None:
-        """Run every engine once: what they allocate or choose at first cannot be captured."""
+    def _bind(self) -> None:
+        """Give every engine its memory; each runs once, because a first run cannot be captured."""
         handle = self.stream.handle
         for engine in self._engines:
             engine.bind_device(self.buffers.addresses, scratch=self.buffers.scratch, stream=handle)
-        for engine in self._engines:
-            engine.enqueue_on(handle)
         self.stream.synchronize()
 
     def _crop(self, stream: Stream, *, target: str, out: str) -> None:

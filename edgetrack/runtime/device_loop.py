@@ -20,7 +20,7 @@ from edgetrack.backends.cuda.driver import device_of
 from edgetrack.backends.cuda.graphs import supports_conditional_nodes
 from edgetrack.bundle import Bundle
 from edgetrack.crops import CropWindow
-from edgetrack.errors import DeviceError
+from edgetrack.errors import DeviceError, DeviceMemoryError
 from edgetrack.runtime.device_chain import FlagChain, HostChain, wait_for
 from edgetrack.runtime.device_frame import DeviceFrame
 from edgetrack.runtime.device_state import (
@@ -30,7 +30,7 @@ from edgetrack.runtime.device_state import (
     pack_rules,
     pack_target,
 )
-from edgetrack.runtime.frame_graph import FrameGraph, conditional_nodes_work
+from edgetrack.runtime.frame_graph import FrameGraph, conditional_nodes_refusal
 from edgetrack.runtime.frame_source import DeviceImage, describe, is_on_gpu
 from edgetrack.runtime.frame_upload import NUM_SLOTS, FrameUploader
 from edgetrack.runtime.loop import TrackResult, checked_array
@@ -40,6 +40,10 @@ from edgetrack.runtime.target import TargetRules, TargetState
 __all__ = ["DeviceLoop", "open_device_loop"]
 
 Launcher = FrameGraph | FlagChain | HostChain
+Frame = npt.NDArray[np.uint8] | DeviceImage
+
+# Loading engines may wait for the whole device, which spoils what another thread captures.
+_opening = threading.Lock()
 
 
 def open_device_loop(
@@ -59,19 +63,21 @@ def open_device_loop(
         rules: How answers become the target's state.
         exit_decision: ``device``, ``flag``, ``host`` or ``auto``.
         policy: What will be used first.
-        device: Number of the CUDA device.
+        device: Number of the CUDA device. Nothing else in the process may wait for all of it
+            meanwhile.
 
     Raises:
         BackendUnavailableError: There is no such device, or no PyCUDA.
         DeviceError: The device refused something.
         EngineError: An engine does not fit.
         TypeError: The policy decides in Python, and ``exit_decision`` is not ``host``.
+        ValueError: There are more exits than a device decides on.
     """
     context = CudaContext.open(device)
     try:
-        with context.current(), contextlib.ExitStack() as owned:
+        with _opening, context.current(), contextlib.ExitStack() as owned:
             frame = DeviceFrame(context, bundle, load(owned), owned=owned)
-            launcher = _launcher(context, frame, exit_decision, policy)
+            launcher = _launcher(context, frame, exit_decision, policy, bundle.num_exits)
             owned.callback(launcher.close)
             return DeviceLoop(bundle, context, frame, launcher, rules=rules, owned=owned.pop_all())
     except BaseException:
@@ -80,28 +86,53 @@ def open_device_loop(
 
 
 def _launcher(
-    context: CudaContext, frame: DeviceFrame, exit_decision: str, policy: ExitPolicy
+    context: CudaContext,
+    frame: DeviceFrame,
+    exit_decision: str,
+    policy: ExitPolicy,
+    num_exits: int,
 ) -> Launcher:
     """The way to decide: as asked, or the first that works."""
-    decides_in_python = _decides_in_python(policy)
-    if exit_decision == "host" or (exit_decision == "auto" and decides_in_python):
+    try:
+        pack_decision(policy, num_exits=num_exits)
+    except (TypeError, ValueError):
+        if exit_decision not in ("auto", "host"):
+            raise
+        exit_decision = "host"
+    if exit_decision == "host":
         return HostChain(frame.parts(), frame.read_answer, frame.write_exit)
-    if decides_in_python:
-        raise TypeError(_python_policy(policy, exit_decision))
-    works = supports_conditional_nodes() and conditional_nodes_work(context, frame.module)
-    if exit_decision == "device" and not works:
+    if exit_decision == "flag":
+        return FlagChain(frame.parts(), frame.flags)
+    refusal = _refusal(context, frame)
+    if refusal is None:
+        try:
+            return FrameGraph(frame.parts())
+        except DeviceMemoryError:
+            raise
+        except DeviceError as error:
+            refusal = error
+    if exit_decision == "device":
         raise DeviceError(
-            f"exit_decision: expected a driver with conditional nodes (CUDA 12.4), got CUDA "
-            f"{context.device.driver}, where they do not work; use exit_decision='flag', or update "
-            "the driver"
-        )
-    if works and exit_decision != "flag":
-        return FrameGraph(frame.parts())
+            f"exit_decision: expected a driver whose conditional nodes work (CUDA 12.4), got CUDA "
+            f"{context.device.driver}: {refusal}; use exit_decision='flag', or update the driver"
+        ) from refusal
     return FlagChain(frame.parts(), frame.flags)
 
 
+def _refusal(context: CudaContext, frame: DeviceFrame) -> DeviceError | None:
+    """Why conditional nodes cannot be used here; ``None`` if they can."""
+    if not supports_conditional_nodes():
+        return DeviceError("conditional nodes: expected a driver that has them, got an older one")
+    return conditional_nodes_refusal(context, frame.module)
+
+
 class DeviceLoop:
-    """A ``Loop`` on a CUDA device; made by ``open_device_loop``."""
+    """A ``Loop`` on a CUDA device; made by ``open_device_loop``.
+
+    Frames are numbered from 1 at ``start``. A frame that is under way has a slot of the ring; its
+    result is taken out before the slot is used again. A thread may wait for a result while another
+    one submits.
+    """
 
     def __init__(
         self,
@@ -116,12 +147,17 @@ class DeviceLoop:
         self._bundle, self._rules = bundle, rules
         self._context, self._frame, self._launcher = context, frame, launcher
         self._owned, self._lock = owned, threading.RLock()
+        self._owned.callback(self._close_uploader)
         self._uploader: FrameUploader | None = None
         self._policy: ExitPolicy | None = None
         self._pending: list[_Pending | None] = [None] * RING
-        self._number = 0
+        # A frame's memory is let go of where frames are submitted: PyCUDA frees in no other thread.
+        self._owners: list[Any] = [None] * RING
+        self._number = self._newest = 0
+        self._is_broken = False
         self._window = CropWindow(0, 0, 1)
         self._bbox: npt.NDArray[np.float32] | None = None
+        self._answer = np.zeros(4, np.float32)
         self._sequences = frame.results["sequence"]
 
     @property
@@ -148,7 +184,7 @@ class DeviceLoop:
         with self._context.current():
             return self._launcher.stage_ms
 
-    def check(self, frame: Any) -> "npt.NDArray[np.uint8] | DeviceImage":
+    def check(self, frame: Any) -> Frame:
         """A frame in host memory, or on this device."""
         if not is_on_gpu(frame):
             return checked_array(frame)
@@ -158,26 +194,23 @@ class DeviceLoop:
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Refuse a policy that decides in Python, unless the host decides."""
-        if self.exit_decision != "host" and _decides_in_python(policy):
-            raise TypeError(_python_policy(policy, self.exit_decision))
+        if self.exit_decision != "host":
+            pack_decision(policy, num_exits=self._bundle.num_exits)
 
-    def start(
-        self, frame: "npt.NDArray[np.uint8] | DeviceImage", bbox_xywh: npt.NDArray[np.float32]
-    ) -> None:
+    def start(self, frame: Frame, bbox_xywh: npt.NDArray[np.float32]) -> None:
         """Begin on a frame; waits for what is under way."""
         crops = self._bundle.crops
-        with self._lock, self._context.current():
+        state = TargetState(bbox_xywh, frame_shape=frame.shape, rules=self._rules)
+        window = CropWindow.around(bbox_xywh, factor=crops.template_factor)
+        with self._entered():
+            self._collect_all()
             self._frame.stream.synchronize()
-            for slot in range(RING):
-                self._collect(slot)
-            if isinstance(frame, np.ndarray):
-                self._fit_uploader(frame.shape)
-            state = TargetState(bbox_xywh, frame_shape=frame.shape, rules=self._rules)
-            window = CropWindow.around(bbox_xywh, factor=crops.template_factor)
-            self._place(frame, 0, window)
+            self._is_broken = True  # until all of it is there
+            owner = self._place(frame, 0, window)
             self._frame.embed_template(
                 pack_target(state, window, frame_index=-1), window.to_crop(bbox_xywh)
             )
+            self._owners = [owner, *[None] * (RING - 1)]
             self._window = state.search_window(crops.search_factor)
             self._frame.write_target(pack_target(state, self._window, frame_index=0))
             self._frame.write_rules(
@@ -185,98 +218,161 @@ class DeviceLoop:
             )
             self._sequences[:] = 0
             self._frame.flags[:] = 0
-            self._number, self._bbox = 0, bbox_xywh
+            self._number = self._newest = 0
+            self._bbox, self._is_broken = bbox_xywh, False
 
-    def submit(
-        self, frame: "npt.NDArray[np.uint8] | DeviceImage", policy: ExitPolicy
-    ) -> "_Pending":
+    def submit(self, frame: Frame, policy: ExitPolicy) -> "_Pending":
         """Launch the next frame; waits only if as many as the ring holds are under way."""
         started = time.perf_counter()
-        with self._lock, self._context.current():
+        with self._entered():
+            if self._is_broken:
+                raise DeviceError(
+                    "tracker: expected init after a frame that failed on the device, got update; "
+                    "call init"
+                )
             number = self._number + 1
             self._collect(number % RING)
-            if policy is not self._policy and self.exit_decision != "host":
+            if self.exit_decision == "host":
+                self._collect(self._number % RING)  # a policy may ask where the crop lies
+            elif policy is not self._policy:
                 self._frame.write_decision(pack_decision(policy, num_exits=self._bundle.num_exits))
                 self._policy = policy
-            owner = self._place(frame, number, self._known_window(number))
-            self._launcher.launch(policy, number)
-            pending = _Pending(self, number, started, owner)
+            try:
+                owner = self._place(frame, number, self._known_window(number))
+                self._owners[number % RING] = owner
+                self._launcher.launch(policy, number)
+            except BaseException:
+                self._forget(number)
+                raise
+            pending = _Pending(self, number, started)
             self._pending[number % RING] = pending
             self._number = number
         return pending
 
     def read_answer(self) -> npt.NDArray[np.float32]:
-        """The box that the last exit gave, before any rule: xywh, frame pixels, ``(4,)``."""
-        with self._lock, self._context.current():
+        """The box that the last exit gave, before any rule: xywh, frame pixels, ``(4,)``.
+
+        Where the host decides that is the segment that ran last, otherwise the newest frame whose
+        result was asked for.
+        """
+        with self._entered():
+            if self.exit_decision != "host":
+                return self._answer.copy()
             answer = self._frame.buffers.read("bbox_cxcywh", self._frame.stream)
         with np.errstate(over="ignore", invalid="ignore"):
             return self._window.to_frame(answer[0])
 
     def close(self) -> None:
         """Wait for the device and free everything; calling it twice is fine."""
+        if self._context.was_forked:
+            self._context.close()
+            return
         with self._lock:
             if self._context.is_closed:
                 return
             with contextlib.suppress(DeviceError), self._context.current():
-                for slot in range(RING):
-                    self._collect(slot)
+                self._collect_all()
+            for pending in filter(None, self._pending):
+                pending.error = DeviceError(
+                    "frame result: expected an open tracker, got one that was closed before the "
+                    "device was done; ask for results before close"
+                )
             with contextlib.suppress(DeviceError), self._context.current():
-                if self._uploader is not None:
-                    self._uploader.close()
+                self._owners = [None] * RING
                 self._owned.close()
             self._context.close()
 
-    def is_done(self, number: int) -> bool:
+    def has(self, number: int) -> bool:
         """Whether the device has written the result of a frame that is in the ring."""
         return int(self._sequences[number % RING]) == number
 
+    def is_over(self) -> bool:
+        """Whether no result will come any more: closed, or the device is done or lost."""
+        try:
+            return self._context.is_closed or self._frame.stream.is_done
+        except DeviceError:
+            return True
+
     def finish(self, pending: "_Pending") -> None:
-        """Wait for a frame and read its result out of the ring."""
-        with self._lock:
-            if pending.answer is None and pending.error is None:
-                self._collect(pending.number % RING)
+        """Wait for a frame, and take its result out of the ring."""
+        # Not locked, so that another thread may submit meanwhile.
+        failure = self._wait(pending)
+        with self._entered():
+            if not pending.is_settled:
+                self._settle(pending, failure)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Any:
+        """Locked, with the context current; in a forked child the lock may never be free."""
+        if self._context.was_forked:
+            with self._context.current():  # says so
+                pass
+        with self._lock, self._context.current():
+            yield
+
+    def _collect_all(self) -> None:
+        """Take all results out of the ring, in the order of frames."""
+        for number in range(max(self._number - RING, 0) + 1, self._number + 1):
+            self._collect(number % RING)
 
     def _collect(self, slot: int) -> None:
-        """Take a result out of the ring, so that its slot can be used again."""
+        """Take a result out of the ring, so that its slot can be used again.
+
+        A frame that failed keeps its error for whoever asks for its result.
+        """
         pending = self._pending[slot]
-        if pending is None:
-            return
-        self._pending[slot] = None
+        if pending is not None:
+            self._settle(pending, self._wait(pending))
+
+    def _wait(self, pending: "_Pending") -> DeviceError | None:
+        """Wait until the device has written a result; why it will not, if so."""
         try:
-            with self._context.current():
-                wait_for(
-                    lambda: self.is_done(pending.number), self._frame.stream, what="frame result"
-                )
+            wait_for(
+                lambda: pending.is_settled or self.has(pending.number),
+                self._frame.stream,
+                what="frame result",
+            )
         except DeviceError as error:
-            pending.error = error
-            raise
+            return error
+        return None
+
+    def _settle(self, pending: "_Pending", failure: DeviceError | None) -> None:
+        """Take a result, or why there is none, out of the ring."""
+        slot = pending.number % RING
+        self._pending[slot] = None
+        if failure is not None:
+            pending.error, self._is_broken = failure, True
+            return
         row = self._frame.results[slot]
-        self._bbox = np.array([row["x"], row["y"], row["w"], row["h"]], np.float32)
-        pending.settle(row)
+        pending.take(row)
+        if pending.number > self._newest:
+            self._newest = pending.number
+            self._bbox = np.array([row["x"], row["y"], row["w"], row["h"]], np.float32)
+            self._answer = row["answer"].copy()
+
+    def _forget(self, number: int) -> None:
+        """Let a frame that was not launched whole leave no trace."""
+        with contextlib.suppress(DeviceError):
+            self._frame.stream.synchronize()
+        self._frame.flags[:] = 0
+        if self.has(number):  # it was launched whole: what came then was an interrupt
+            self._number = number
 
     def _known_window(self, number: int) -> CropWindow | None:
         """Where a frame will be looked at, if the one before it is done."""
         if number > 1:
             row = self._frame.results[(number - 1) % RING]
-            if not self.is_done(number - 1):
+            if not self.has(number - 1):
                 return None
             self._window = CropWindow(*(int(v) for v in row["window"].tolist()))
         return self._window
 
-    def _place(
-        self,
-        frame: "npt.NDArray[np.uint8] | DeviceImage",
-        number: int,
-        window: CropWindow | None,
-    ) -> Any:
+    def _place(self, frame: Frame, number: int, window: CropWindow | None) -> Any:
         """Say in the ring where a frame lies; what must stay alive until it is done."""
         if isinstance(frame, np.ndarray):
-            assert self._uploader is not None, "a frame of another shape is refused before"
-            if number > NUM_SLOTS:
-                self._collect((number - NUM_SLOTS) % RING)
-            frame = self._uploader.upload(frame, number, window)
-        elif frame.stream is not None:
-            self._frame.wait_for(frame.stream)
+            frame = self._uploader_for(frame.shape, number).upload(frame, number, window)
+        for stream in frame.streams:
+            self._frame.stream.wait_for(stream)
         height, width = frame.shape[:2]
         self._frame.sources[number % RING] = (
             frame.address,
@@ -290,42 +386,55 @@ class DeviceLoop:
         )
         return frame.owner
 
-    def _fit_uploader(self, frame_shape: tuple[int, ...]) -> None:
-        """Have room for host frames of a shape; what is there for another one is freed first."""
-        if self._uploader is not None:
-            if self._uploader.frame_shape == frame_shape:
-                return
-            self._uploader.close()
-            self._uploader = None
+    def _uploader_for(self, frame_shape: tuple[int, ...], number: int) -> FrameUploader:
+        """Room for host frames of a shape, with a slot that no frame under way reads."""
+        if self._uploader is not None and self._uploader.frame_shape == frame_shape:
+            if number > NUM_SLOTS:
+                self._collect((number - NUM_SLOTS) % RING)
+            return self._uploader
+        self._collect_all()
+        self._frame.stream.synchronize()
+        self._close_uploader()
         self._uploader = FrameUploader(self._context, self._frame.stream, frame_shape=frame_shape)
+        return self._uploader
+
+    def _close_uploader(self) -> None:
+        uploader, self._uploader = self._uploader, None
+        if uploader is not None:
+            uploader.close()
 
 
 class _Pending:
     """The answer of one frame, which may still be under way."""
 
-    def __init__(self, loop: DeviceLoop, number: int, started: float, owner: Any) -> None:
+    def __init__(self, loop: DeviceLoop, number: int, started: float) -> None:
         self.number = number
-        self.answer: TrackResult | None = None
         self.error: DeviceError | None = None
-        self._loop, self._started, self._owner = loop, started, owner
+        self._answer: TrackResult | None = None
+        self._loop, self._started = loop, started
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the result, or why there is none, was taken out of the ring."""
+        return self._answer is not None or self.error is not None
 
     @property
     def is_done(self) -> bool:
         """Whether ``result`` returns at once."""
-        return self.answer is not None or self.error is not None or self._loop.is_done(self.number)
+        return self.is_settled or self._loop.has(self.number) or self._loop.is_over()
 
     def result(self) -> TrackResult:
         """Wait for the answer."""
-        if self.answer is None:
+        if not self.is_settled:
             self._loop.finish(self)
         if self.error is not None:
             raise self.error
-        assert self.answer is not None, "a frame that is done has an answer or an error"
-        return self.answer
+        assert self._answer is not None, "a frame that is settled has an answer or an error"
+        return self._answer
 
-    def settle(self, row: Any) -> None:
-        """Take over what the device wrote."""
-        self.answer = TrackResult(
+    def take(self, row: Any) -> None:
+        """Keep what the device wrote."""
+        self._answer = TrackResult(
             bbox=(float(row["x"]), float(row["y"]), float(row["w"]), float(row["h"])),
             score=float(row["score"]),
             is_lost=bool(row["is_lost"]),
@@ -333,16 +442,3 @@ class _Pending:
             exit_index=int(row["exit_index"]),
             latency_ms=(time.perf_counter() - self._started) * 1e3,
         )
-        self._owner = None
-
-
-def _decides_in_python(policy: ExitPolicy) -> bool:
-    return type(policy).should_exit is not ExitPolicy.should_exit
-
-
-def _python_policy(policy: ExitPolicy, exit_decision: str) -> str:
-    return (
-        f"exit_policy: expected thresholds alone, which the GPU compares, got {type(policy)!r}, "
-        f"which decides in Python, with exit_decision={exit_decision!r}; make the tracker with "
-        "exit_decision='host'"
-    )

@@ -174,7 +174,7 @@ def pack_decision(policy: ExitPolicy, num_exits: int) -> npt.NDArray[Any]:
     if type(policy).should_exit is not ExitPolicy.should_exit:
         raise TypeError(
             "exit_policy: expected thresholds alone, got a should_exit of "
-            f"{type(policy).__name__}; let the host decide"
+            f"{type(policy).__name__}; make the tracker with exit_decision='host'"
         )
     if len(policy.thresholds) != num_exits - 1:
         raise ValueError(
@@ -183,7 +183,7 @@ def pack_decision(policy: ExitPolicy, num_exits: int) -> npt.NDArray[Any]:
     if num_exits - 1 > _MAX_THRESHOLDS:
         raise ValueError(
             f"num_exits: expected at most {_MAX_THRESHOLDS + 1} on a device, got {num_exits}; "
-            "let the host decide"
+            "make the tracker with exit_decision='host'"
         )
     packed = np.zeros((), DECISION)
     packed["weight"], packed["score_weight"] = CRITERIA[policy.criterion]

@@ -6,8 +6,8 @@ The gate compares and sets the condition, so the host launches once and is not a
 consists of is the same for the ways in ``device_chain``, where the host decides.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,20 +15,22 @@ import numpy as np
 from edgetrack.backends.cuda import CudaContext, Function, MappedMemory, Module, Stream
 from edgetrack.backends.cuda.graphs import (
     GraphExec,
+    add_child_graph,
     capture,
     capture_to,
     check_body,
     conditional_handle,
     end_capture,
     if_node,
+    without_garbage_collection,
 )
-from edgetrack.errors import DeviceError
+from edgetrack.errors import DeviceError, DeviceMemoryError
 from edgetrack.runtime.policies import ExitPolicy
 
-__all__ = ["FrameGraph", "FrameParts", "conditional_nodes_work"]
+__all__ = ["FrameGraph", "FrameParts", "conditional_nodes_refusal"]
 
 _ONE = (1, 1, 1)
-_PROBE_BYTES = 8
+_PROBE_BYTES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class FrameGraph:
         self._body_streams: list[Stream] = []
         stream = parts.stream
         try:
-            with capture(stream.handle) as captured:
+            with without_garbage_collection(), capture(stream.handle) as captured:
                 parts.crop(stream)
                 self._capture_from(0, stream)
                 parts.settle(stream)
@@ -106,57 +108,82 @@ class FrameGraph:
         check_body(body)
 
 
-def conditional_nodes_work(context: CudaContext, module: Module) -> bool:
-    """Whether an IF node skips and runs its body on this device: it is tried, not looked up.
+def conditional_nodes_refusal(context: CudaContext, module: Module) -> DeviceError | None:
+    """Why IF nodes do not work on this device: they are tried, as a frame uses them.
 
     Args:
         context: Current in this thread.
         module: The frame's kernels.
+
+    Returns:
+        What the driver said, or that a body ran which should not have, or the other way round;
+        ``None`` if they work.
+
+    Raises:
+        DeviceMemoryError: There is no room to try.
     """
-    probe, stream = module.function("edgetrack_probe"), context.stream()
-    words = context.allocate_mapped(_PROBE_BYTES, what="the probe of conditional nodes")
-    try:
-        return all(
-            _probed(context, probe, stream, words, value=value) == (value, value)
-            for value in (0, 1)
+    probe = module.function("edgetrack_probe")
+    with contextlib.ExitStack() as opened:
+        stream = opened.enter_context(contextlib.closing(context.stream()))
+        words = opened.enter_context(
+            contextlib.closing(context.allocate_mapped(_PROBE_BYTES, what="conditional nodes"))
         )
-    except DeviceError:
-        return False
-    finally:
-        words.close()
-        stream.close()
+        try:
+            for value in (0, 1):
+                # Two kernels that write the value, one of them in a body, and a fill in the inner.
+                expected = (value, value, value)
+                if (got := _probed(context, probe, stream, words, value=value)) != expected:
+                    return DeviceError(
+                        f"conditional nodes: expected {expected} of a trial, got {got}"
+                    )
+        except DeviceMemoryError:
+            raise
+        except DeviceError as error:
+            return error
+    return None
 
 
 def _probed(
     context: CudaContext, probe: Function, stream: Stream, words: MappedMemory, *, value: int
-) -> tuple[int, int]:
-    """The value that a kernel wrote, and whether the body of its IF node ran."""
+) -> tuple[int, ...]:
+    """Words that a kernel, a kernel in an IF node and a fill in an IF node within it wrote."""
     words.array[:] = 0
-    inner = context.stream()
-    try:
-        with capture(stream.handle) as captured:
-            handle = conditional_handle(stream.handle, context.handle)
-            arguments = np.uint64(words.address), np.uint32(value), np.uint64(handle)
-            probe.launch(stream, _ONE, _ONE, *arguments)
-            with _capturing_to(inner, if_node(stream.handle, context.handle, handle)):
-                context.set_bytes(words.address + 4, 1, 1, inner)
+
+    def condition(on: Stream, word: int) -> int:
+        handle = conditional_handle(on.handle, context.handle)
+        arguments = np.uint64(words.address + 4 * word), np.uint32(value), np.uint64(handle)
+        probe.launch(on, _ONE, _ONE, *arguments)
+        return if_node(on.handle, context.handle, handle)
+
+    with contextlib.ExitStack() as opened:
+        outer = opened.enter_context(contextlib.closing(context.stream()))
+        inner = opened.enter_context(contextlib.closing(context.stream()))
+        with capture(inner.handle) as filled:
+            context.set_bytes(words.address + 8, 1, 1, inner)
+        opened.enter_context(contextlib.closing(filled.graph))
+        with (
+            without_garbage_collection(),
+            capture(stream.handle) as captured,
+            _capturing_to(outer, condition(stream, 0)),
+            _capturing_to(inner, condition(outer, 1)),
+        ):
+            add_child_graph(inner.handle, filled.graph.handle)
         graph = GraphExec(captured.graph, stream.handle)
-    finally:
-        inner.close()
-    try:
+        opened.enter_context(contextlib.closing(graph))
         graph.launch(stream.handle)
         stream.synchronize()
-    finally:
-        graph.close()
-    written, taken = words.array[:_PROBE_BYTES].view(np.uint32).tolist()
-    return written, taken
+    written: list[int] = words.array[:_PROBE_BYTES].view(np.uint32).tolist()
+    return tuple(written)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _capturing_to(stream: Stream, graph: int) -> Iterator[None]:
-    """Capture into a body; the capture is ended also where an engine fails in it."""
+    """Capture into a body; where an engine fails in it, its error is the one to hear."""
     capture_to(stream.handle, graph)
     try:
         yield
-    finally:
-        end_capture(stream.handle)
+    except BaseException:
+        with contextlib.suppress(DeviceError):
+            end_capture(stream.handle)
+        raise
+    end_capture(stream.handle)

@@ -25,7 +25,8 @@ _CHANNELS: Mapping[str, int] = MappingProxyType(
     }
 )
 _DEFAULT_FORMATS = {1: "gray8", 3: "bgr8", 4: "bgra8"}
-_DLPACK_CUDA_TYPES = (2, 3, 13)  # device, pinned and managed memory
+_DLPACK_PINNED = 3  # host memory that every device reads
+_DLPACK_CUDA_TYPES = (2, _DLPACK_PINNED, 13)  # device, pinned and managed memory
 _DLPACK_UINT8 = (1, 8, 1)  # kDLUInt, bits, lanes
 
 
@@ -35,12 +36,13 @@ class GpuFrame:
 
     Attributes:
         pixels: uint8; ``(H, W, C)`` or ``(H, W)``; of NV12 the luma plane ``(H, W)``. It has
-            ``__cuda_array_interface__`` or DLPack. Rows may be padded.
+            ``__cuda_array_interface__`` or DLPack. Rows may be padded. Pinned host memory counts
+            as memory of every device.
         format: ``bgr8``, ``rgb8``, ``gray8``, ``bgra8``, ``rgba8``, ``nv12-bt601`` or
             ``nv12-bt709`` (both limited range). ``None`` tells it from the channels, blue first.
         chroma: The interleaved UV plane of NV12: ``(H / 2, W)`` or ``(H / 2, W / 2, 2)``, uint8.
         stream: Handle of the CUDA stream that writes the frame; the tracker waits for what is on
-            it so far. ``None``: what the array itself says, and if it says nothing, the frame is
+            it so far. ``None``: what each array itself says, and if it says nothing, its plane is
             taken as finished.
     """
 
@@ -61,7 +63,7 @@ class DeviceImage:
         pitch_bytes: From one row to the next.
         chroma_address: Of the UV plane of NV12, otherwise 0.
         chroma_pitch_bytes: From one of its rows to the next.
-        stream: Stream to wait for, if any.
+        streams: Those that write it, whose work so far is to be waited for; none if it is finished.
         owner: Keeps the memory alive.
     """
 
@@ -71,7 +73,7 @@ class DeviceImage:
     pitch_bytes: int
     chroma_address: int
     chroma_pitch_bytes: int
-    stream: int | None
+    streams: tuple[int, ...]
     owner: Any
 
 
@@ -107,14 +109,16 @@ def describe(
             f"{given.format!r} for shape {plane.shape}; pass GpuFrame(frame, format=…)"
         )
     chroma = _chroma(given, layout, plane, ordinal=ordinal, stream=stream)
-    for what, found in (("frame", plane), ("chroma", chroma)):
-        if found is not None and (got := device_of(found.address)) != ordinal:
+    planes = (plane,) if chroma is None else (plane, chroma)
+    for what, found in zip(("frame", "chroma"), planes, strict=False):
+        got = device_of(found.address)
+        if got is None or (got != ordinal and not found.is_pinned):
             where = "memory that no CUDA driver allocated" if got is None else f"device {got}"
             raise TypeError(
                 f"{what}: expected memory of CUDA device {ordinal}, got {where}; move it there, or "
                 f"make the tracker with device={got or 0}"
             )
-    own_stream = plane.stream if given.stream is None else given.stream
+    writers = {p.stream for p in planes} if given.stream is None else {given.stream}
     return DeviceImage(
         shape=(plane.height, plane.width, 3 if layout.startswith("nv12") else plane.channels),
         format=layout,
@@ -122,8 +126,8 @@ def describe(
         pitch_bytes=plane.pitch_bytes,
         chroma_address=0 if chroma is None else chroma.address,
         chroma_pitch_bytes=0 if chroma is None else chroma.pitch_bytes,
-        stream=own_stream,
-        owner=(frame, plane.owner, None if chroma is None else chroma.owner),
+        streams=tuple(sorted(writer for writer in writers if writer is not None)),
+        owner=(frame, *(p.owner for p in planes)),
     )
 
 
@@ -134,6 +138,7 @@ class _Plane:
     pitch_bytes: int
     stream: int | None
     owner: Any
+    is_pinned: bool = False
 
     @property
     def height(self) -> int:
@@ -215,12 +220,14 @@ class _DLTensor(ctypes.Structure):
 
 def _from_dlpack(array: Any, what: str, *, ordinal: int, stream: int) -> _Plane:
     kind, found = array.__dlpack_device__()
-    if kind not in _DLPACK_CUDA_TYPES or found != ordinal:
+    is_pinned = kind == _DLPACK_PINNED
+    if kind not in _DLPACK_CUDA_TYPES or (found != ordinal and not is_pinned):
         raise TypeError(
             f"{what}: expected memory of CUDA device {ordinal}, got DLPack device type "
             f"{int(kind)}, number {found}; move it there"
         )
-    capsule = array.__dlpack__(stream=stream)
+    # What lies on the host is ordered by no stream, and torch refuses one for it.
+    capsule = array.__dlpack__(stream=None if is_pinned else stream)
     # The capsule stays unconsumed: its own destructor gives the memory back once it is dropped.
     tensor = ctypes.cast(_pointer(capsule, b"dltensor"), ctypes.POINTER(_DLTensor)).contents
     if (tensor.type_code, tensor.type_bits, tensor.type_lanes) != _DLPACK_UINT8:
@@ -234,6 +241,7 @@ def _from_dlpack(array: Any, what: str, *, ordinal: int, stream: int) -> _Plane:
         address=(tensor.data or 0) + tensor.byte_offset,
         stream=None,
         owner=(array, capsule),
+        is_pinned=is_pinned,
     )
 
 
@@ -251,6 +259,7 @@ def _checked_plane(
     address: int,
     stream: int | None,
     owner: Any,
+    is_pinned: bool = False,
 ) -> _Plane:
     """A plane whose pixels lie side by side in each row."""
     if len(shape) not in (2, 3) or 0 in shape:
@@ -265,4 +274,4 @@ def _checked_plane(
         )
     if not address:
         raise ValueError(f"{what}: expected a device address, got 0")
-    return _Plane(shape, address, pitch_bytes, stream, owner)
+    return _Plane(shape, address, pitch_bytes, stream, owner, is_pinned)

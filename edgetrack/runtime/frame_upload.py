@@ -32,7 +32,7 @@ class FrameUploader:
 
     Attributes:
         frame_shape: As given.
-        num_bytes: Memory that it holds.
+        num_bytes: Memory that the device uses: mapped if it is integrated, its own if not.
 
     Raises:
         DeviceMemoryError: There is no room.
@@ -60,7 +60,7 @@ class FrameUploader:
         except BaseException:
             self.close()
             raise
-        self.num_bytes = size * sum(1 if s.memory is None else 2 for s in self._slots)
+        self.num_bytes = size * NUM_SLOTS
 
     def upload(
         self, frame: npt.NDArray[np.uint8], number: int, window: CropWindow | None
@@ -103,7 +103,7 @@ class FrameUploader:
             pitch_bytes=self._pitch_bytes,
             chroma_address=0,
             chroma_pitch_bytes=0,
-            stream=None,
+            streams=(),
             owner=None,
         )
 

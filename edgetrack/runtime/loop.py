@@ -27,7 +27,7 @@ class TrackResult:
         is_lost: Whether the target counts as lost: unsure for some frames, and not found since.
         uncertainty: Normalised entropy of the box edges in [0, 1]; what the exit was decided by.
         exit_index: The exit that was taken, from 0.
-        latency_ms: Time of this update, crop included.
+        latency_ms: From handing in the frame to taking its result, crop included.
     """
 
     bbox: tuple[float, float, float, float]

@@ -58,6 +58,7 @@ class EmulatedBackend:
 
     name = "emulated"
     runs_on: Literal["cpu", "cuda"] = "cuda"
+    device = 0
     precisions: tuple[str, ...] = ("fp32",)
     engine_suffix = ".onnx"
 

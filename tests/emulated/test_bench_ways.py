@@ -1,6 +1,7 @@
 """``bench`` and ``doctor`` on a machine with a GPU, which the emulator plays."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_what_is_printed_of_a_gpu(
 @pytest.mark.parametrize(
     ("settings", "value", "decision"),
     [
-        ({}, "device: one CUDA graph per frame", "device"),
+        ({}, "device (probed): one CUDA graph per frame", "device"),
         ({"version": 12020}, "host", "host"),
     ],
 )
@@ -163,6 +164,22 @@ def test_the_doctor_says_who_would_decide(
     assert report.exit_decision.details["exit_decision"] == decision
     assert report.exit_decision.is_present == (decision != "host")
     assert ("update the driver" in report.exit_decision.hint) == (decision == "host")
+
+
+def test_the_doctor_tries_conditional_nodes_and_says_why_they_do_not_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Python imports this at its start: so the trial, a process of its own, meets the failure.
+    fail = "ctypes.CDLL('libcuda.so.1').emulator_fail(b'cuGraphConditionalHandleCreate', 1, 801)"
+    write(tmp_path, {"sitecustomize.py": f"import ctypes\n{fail}"})
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+
+    decision = examine().exit_decision
+
+    assert decision.details["exit_decision"] == "flag"
+    assert decision.value.startswith("flag (probed): the host reads a flag that the GPU sets, as")
+    assert "cuGraphConditionalHandleCreate: expected success, got" in decision.value
+    assert decision.hint
 
 
 def test_the_doctor_describes_the_gpu(emulated: EmulatedDriver, tmp_path: Path) -> None:

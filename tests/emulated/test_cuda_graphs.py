@@ -1,6 +1,7 @@
 """Graphs with conditional nodes on the emulated device: captured, nested, launched, refused."""
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from emulator.hooks import EmulatedDriver
 
-from edgetrack.backends.cuda import CudaContext, Function, MappedMemory, Stream
+from edgetrack.backends.cuda import CudaContext, DeviceMemory, Function, MappedMemory, Stream
 from edgetrack.backends.cuda.graphs import (
     Graph,
     GraphExec,
@@ -24,6 +25,7 @@ from edgetrack.backends.cuda.graphs import (
     if_node,
     is_capturing,
     supports_conditional_nodes,
+    without_garbage_collection,
 )
 from edgetrack.errors import DeviceError
 from edgetrack.runtime.device_state import read_ptx
@@ -371,6 +373,70 @@ class TestRefusals:
         graph = GraphExec(captured.graph, bench.handle)
         assert bench.run(graph)[0] == 3
         graph.close()
+
+
+class Cycle:
+    """What only the garbage collector frees, and its memory with it."""
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self.memory = memory
+        self.itself = self
+
+    def __del__(self) -> None:
+        self.memory.close()
+
+
+@pytest.fixture
+def eager_collector() -> Iterator[None]:
+    """A garbage collector that runs at nearly every allocation."""
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    yield
+    gc.set_threshold(*before)
+
+
+class TestGarbage:
+    @pytest.mark.usefixtures("eager_collector")
+    def test_what_is_garbage_during_a_capture_does_not_spoil_it(self, bench: Bench) -> None:
+        before = DRIVER.live_bytes
+        memory = bench.context.allocate(64, what="memory in a cycle")
+
+        with without_garbage_collection(), capture(bench.handle) as captured:
+            Cycle(memory)
+            kept = [[k] for k in range(1000)]  # any of them would start the collector
+            bench.write(1, len(kept) % 7)
+            assert not memory.is_closed
+
+        graph = GraphExec(captured.graph, bench.handle)
+        assert bench.run(graph)[1] == 1000 % 7
+        graph.close()
+        gc.collect()
+        assert DRIVER.live_bytes == before
+
+    def test_the_collector_is_set_as_it_was_by_the_last_one_out(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        first, second = without_garbage_collection(), without_garbage_collection()
+        with ThreadPoolExecutor(1) as other:
+            first.__enter__()
+            other.submit(second.__enter__).result()
+            first.__exit__(None, None, None)
+            assert not gc.isenabled()
+            other.submit(second.__exit__, None, None, None).result()
+        assert gc.isenabled()
+
+    def test_what_is_garbage_before_goes_and_a_collector_that_was_off_stays_off(
+        self, bench: Bench
+    ) -> None:
+        memory = bench.context.allocate(64, what="memory in a cycle")
+        gc.disable()
+        try:
+            Cycle(memory)
+            with without_garbage_collection():
+                assert memory.is_closed
+            assert not gc.isenabled()
+        finally:
+            gc.enable()
 
 
 def use_everything(bench: Bench) -> None:

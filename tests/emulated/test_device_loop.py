@@ -1,30 +1,33 @@
 """Whole frames on the emulated device: every kernel, copy, graph and decision is executed."""
 
-import ctypes
 import dataclasses
-import os
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from cpu_segments import EmulatedBackend
+from device_frames import (
+    DECISIONS,
+    Clip,
+    OnDevice,
+    ThroughDlpack,
+    follow,
+    make_clip,
+    opened,
+    without_time,
+)
 from emulator.hooks import EmulatedDriver
 from tolerances import BETWEEN_LOOPS
 
 from edgetrack.backends.cuda import CudaContext
 from edgetrack.bundle import Bundle
-from edgetrack.data.synthetic import render_clip
-from edgetrack.errors import DeviceError, DeviceMemoryError, EdgeTrackError, FrameSizeError
+from edgetrack.errors import FrameSizeError
 from edgetrack.runtime.frame_source import GpuFrame
 from edgetrack.runtime.policies import ExitPolicy
 from edgetrack.runtime.target import TargetRules
 from edgetrack.tracker import Tracker, TrackResult
 
-Frame = npt.NDArray[np.uint8]
-DECISIONS = ("device", "flag", "host")
 ALL_RULES = TargetRules(
     centre_smoothing=0.1,
     size_smoothing=0.2,
@@ -39,8 +42,8 @@ ALL_RULES = TargetRules(
 
 
 @pytest.fixture(scope="module")
-def clip() -> list[tuple[Frame, npt.NDArray[Any]]]:
-    return list(render_clip(num_frames=40, width=320, height=240, seed=3))
+def clip() -> Clip:
+    return make_clip()
 
 
 @pytest.fixture(autouse=True)
@@ -49,45 +52,6 @@ def nothing_leaks(emulated: EmulatedDriver) -> Iterator[None]:
     yield
     emulated.reset()
     assert (emulated.live_bytes, emulated.live_handles()) == before
-
-
-def without_time(results: list[TrackResult]) -> list[TrackResult]:
-    return [dataclasses.replace(result, latency_ms=0.0) for result in results]
-
-
-def follow(tracker: Tracker, clip: list[tuple[Frame, npt.NDArray[Any]]]) -> list[TrackResult]:
-    tracker.init(clip[0][0], clip[0][1])
-    return without_time([tracker.update(frame) for frame, _ in clip[1:]])
-
-
-def opened(bundle: Bundle, decision: str = "device", **options: Any) -> Tracker:
-    return Tracker(bundle, backend=EmulatedBackend(), exit_decision=decision, **options)
-
-
-class OnDevice:
-    """A frame in device memory, as other packages offer it."""
-
-    def __init__(self, context: CudaContext, frame: Frame, *, pad_bytes: int = 0) -> None:
-        height, *inner = frame.shape
-        row_bytes = int(np.prod(inner))
-        pitch = row_bytes + pad_bytes
-        with context.current():
-            self.memory = context.allocate(height * pitch, what="a frame")
-            stream = context.stream()
-            rows = np.full((height, pitch), 77, np.uint8)
-            rows[:, :row_bytes] = frame.reshape(height, row_bytes)
-            context.copy_to_device(self.memory.address, rows, stream)
-            stream.synchronize()
-            stream.close()
-        strides = (pitch, 1) if len(inner) == 1 else (pitch, inner[1], 1)
-        self.__cuda_array_interface__ = {
-            "shape": frame.shape,
-            "typestr": "|u1",
-            "data": (self.memory.address, False),
-            "strides": strides,
-            "version": 3,
-            "stream": None,
-        }
 
 
 @pytest.fixture
@@ -99,7 +63,7 @@ def context() -> Iterator[CudaContext]:
 
 @pytest.mark.parametrize("rules", [None, ALL_RULES], ids=["own rules", "all rules"])
 def test_all_ways_to_decide_agree_bit_for_bit_and_with_the_cpu(
-    shipped_bundle: Bundle, clip: list[Any], rules: TargetRules | None
+    shipped_bundle: Bundle, clip: Clip, rules: TargetRules | None
 ) -> None:
     found = {}
     for decision in DECISIONS:
@@ -119,7 +83,7 @@ def test_all_ways_to_decide_agree_bit_for_bit_and_with_the_cpu(
 
 @pytest.mark.parametrize("decision", DECISIONS)
 def test_segments_behind_the_exit_do_not_run(
-    shipped_bundle: Bundle, clip: list[Any], decision: str
+    shipped_bundle: Bundle, clip: Clip, decision: str
 ) -> None:
     backend = EmulatedBackend()
     for exit_index in range(3):
@@ -137,7 +101,7 @@ def test_segments_behind_the_exit_do_not_run(
 
 @pytest.mark.parametrize("decision", DECISIONS)
 def test_thresholds_change_from_frame_to_frame(
-    shipped_bundle: Bundle, clip: list[Any], decision: str
+    shipped_bundle: Bundle, clip: Clip, decision: str
 ) -> None:
     with opened(shipped_bundle, decision) as tracker:
         tracker.init(*clip[0])
@@ -147,7 +111,7 @@ def test_thresholds_change_from_frame_to_frame(
 
 
 def test_thresholds_hold_for_the_frames_that_were_handed_in_with_them(
-    shipped_bundle: Bundle, clip: list[Any]
+    shipped_bundle: Bundle, clip: Clip
 ) -> None:
     with opened(shipped_bundle) as tracker:
         tracker.init(*clip[0])
@@ -159,9 +123,7 @@ def test_thresholds_hold_for_the_frames_that_were_handed_in_with_them(
         assert [p.result().exit_index for p in pending] == [n % 3 for n in range(12)]
 
 
-def test_frames_handed_in_ahead_give_the_same_results(
-    shipped_bundle: Bundle, clip: list[Any]
-) -> None:
+def test_frames_handed_in_ahead_give_the_same_results(shipped_bundle: Bundle, clip: Clip) -> None:
     with opened(shipped_bundle) as tracker:
         one_by_one = follow(tracker, clip)
         tracker.init(*clip[0])
@@ -175,7 +137,7 @@ def test_frames_handed_in_ahead_give_the_same_results(
 
 
 def test_a_host_frame_may_be_written_to_after_it_was_handed_in(
-    shipped_bundle: Bundle, clip: list[Any]
+    shipped_bundle: Bundle, clip: Clip
 ) -> None:
     with opened(shipped_bundle) as tracker:
         expected = follow(tracker, clip)
@@ -191,7 +153,7 @@ def test_a_host_frame_may_be_written_to_after_it_was_handed_in(
 
 @pytest.mark.parametrize("pad_bytes", [0, 37])
 def test_frames_on_the_device_give_what_host_frames_give(
-    shipped_bundle: Bundle, clip: list[Any], context: CudaContext, pad_bytes: int
+    shipped_bundle: Bundle, clip: Clip, context: CudaContext, pad_bytes: int
 ) -> None:
     frames = [OnDevice(context, frame, pad_bytes=pad_bytes) for frame, _ in clip]
     try:
@@ -212,24 +174,8 @@ def test_frames_on_the_device_give_what_host_frames_give(
     assert dataclasses.replace(first, latency_ms=0.0) == expected[0]
 
 
-class ThroughDlpack:
-    """What offers DLPack alone; NumPy makes the capsule, over the same memory."""
-
-    def __init__(self, frame: OnDevice, shape: tuple[int, ...]) -> None:
-        self.streams: list[int] = []
-        memory = (ctypes.c_uint8 * int(np.prod(shape))).from_address(frame.memory.address)
-        self._array = np.frombuffer(memory, np.uint8).reshape(shape)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 0)
-
-    def __dlpack__(self, *, stream: int) -> Any:
-        self.streams.append(stream)
-        return self._array.__dlpack__()
-
-
 def test_frames_of_other_packages_are_taken_as_they_are(
-    shipped_bundle: Bundle, clip: list[Any], context: CudaContext
+    shipped_bundle: Bundle, clip: Clip, context: CudaContext
 ) -> None:
     from pycuda import gpuarray
 
@@ -250,7 +196,7 @@ def test_frames_of_other_packages_are_taken_as_they_are(
 
 
 def test_a_frame_is_waited_for_on_the_stream_that_writes_it(
-    shipped_bundle: Bundle, clip: list[Any], context: CudaContext, emulated: EmulatedDriver
+    shipped_bundle: Bundle, clip: Clip, context: CudaContext, emulated: EmulatedDriver
 ) -> None:
     (first, bbox), (second, _) = clip[:2]
     late = OnDevice(context, np.zeros_like(second))
@@ -271,7 +217,7 @@ def test_a_frame_is_waited_for_on_the_stream_that_writes_it(
     late.memory.close()
 
 
-def test_nv12_is_followed(shipped_bundle: Bundle, clip: list[Any], context: CudaContext) -> None:
+def test_nv12_is_followed(shipped_bundle: Bundle, clip: Clip, context: CudaContext) -> None:
     import cv2
 
     with opened(shipped_bundle) as tracker:
@@ -320,7 +266,7 @@ def test_a_tracker_starts_again_on_frames_of_another_size(toy: Bundle) -> None:
                 tracker.update(frame[:-1])
 
 
-def test_two_trackers_in_two_threads(shipped_bundle: Bundle, clip: list[Any]) -> None:
+def test_two_trackers_in_two_threads(shipped_bundle: Bundle, clip: Clip) -> None:
     with opened(shipped_bundle) as tracker:
         expected = follow(tracker, clip)
     trackers = [opened(shipped_bundle, decision) for decision in ("device", "flag")]
@@ -340,67 +286,8 @@ def test_two_trackers_in_two_threads(shipped_bundle: Bundle, clip: list[Any]) ->
     assert found == {0: expected, 1: expected}
 
 
-@pytest.mark.parametrize("decision", ["device", "flag"])
-def test_a_failed_launch_leaves_the_tracker_usable(
-    shipped_bundle: Bundle, clip: list[Any], emulated: EmulatedDriver, decision: str
-) -> None:
-    with opened(shipped_bundle, decision) as tracker:
-        expected = follow(tracker, clip)
-        tracker.init(*clip[0])
-        first = tracker.update(clip[1][0])
-        emulated.fail("cuGraphLaunch", 700)
-        with pytest.raises(DeviceError, match="cuGraphLaunch"):
-            tracker.update(clip[2][0])
-        assert tracker.bbox == first.bbox
-        after = without_time([tracker.update(frame) for frame, _ in clip[2:]])
-
-    assert after == expected[1:]
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "cuMemHostAlloc",
-        "cuModuleLoadDataEx",
-        "cuModuleGetFunction",
-        "cuStreamCreate",
-        "cuStreamBeginCapture_v2",
-        "cuGraphInstantiateWithFlags",
-        "cuEventCreate",
-    ],
-)
-def test_a_refusal_while_opening_frees_what_was_made(
-    toy: Bundle, emulated: EmulatedDriver, call: str
-) -> None:
-    emulated.fail(call, 2)
-
-    with pytest.raises(DeviceError, match="expected"):
-        opened(toy, "device")
-
-
-def test_too_little_memory_says_how_much_is_needed(toy: Bundle, emulated: EmulatedDriver) -> None:
-    emulated.configure(memory_bytes=1 << 20)
-    with opened(toy) as tracker:
-        with pytest.raises(DeviceMemoryError, match=r"frames of 640x480: expected \d+ bytes"):
-            tracker.init(np.zeros((480, 640, 3), np.uint8), (10, 10, 20, 20))
-        tracker.init(np.zeros((48, 64, 3), np.uint8), (10, 10, 20, 20))
-    emulated.configure(memory_bytes=4096)
-    with pytest.raises(DeviceMemoryError, match="the buffers of toy: expected"):
-        opened(toy)
-
-
-def test_without_conditional_nodes_the_host_reads_flags(
-    toy: Bundle, emulated: EmulatedDriver
-) -> None:
-    emulated.fail("cuGraphConditionalHandleCreate", 801)
-    with opened(toy, "auto") as tracker:
-        assert tracker.exit_decision == "flag"
-    with opened(toy, "auto") as tracker:
-        assert tracker.exit_decision == "device"
-
-
 def test_the_host_waits_for_what_it_reads(
-    shipped_bundle: Bundle, clip: list[Any], emulated: EmulatedDriver
+    shipped_bundle: Bundle, clip: Clip, emulated: EmulatedDriver
 ) -> None:
     with opened(shipped_bundle) as tracker:
         expected = follow(tracker, clip[:8])
@@ -411,11 +298,11 @@ def test_the_host_waits_for_what_it_reads(
 
 
 def test_an_integrated_gpu_reads_frames_in_place(
-    shipped_bundle: Bundle, clip: list[Any], emulated: EmulatedDriver
+    shipped_bundle: Bundle, clip: Clip, emulated: EmulatedDriver
 ) -> None:
     emulated.configure(integrated=0)
     with opened(shipped_bundle) as tracker:
-        expected, on_discrete = follow(tracker, clip), tracker.gpu_memory_bytes
+        expected = follow(tracker, clip)
         assert [call for call in emulated.calls() if "Memcpy2D" in call]
     emulated.configure(integrated=1)
     with opened(shipped_bundle) as tracker:
@@ -423,14 +310,13 @@ def test_an_integrated_gpu_reads_frames_in_place(
         emulated.clear_calls()
         found = without_time([tracker.update(frame) for frame, _ in clip[1:]])
         copies = [call for call in emulated.calls() if "Memcpy" in call]
-        assert tracker.gpu_memory_bytes < on_discrete
 
     assert found == expected
     assert not [call for call in copies if "2D" in call]
 
 
 def test_a_frame_on_the_device_costs_one_launch_and_no_copy(
-    shipped_bundle: Bundle, clip: list[Any], context: CudaContext, emulated: EmulatedDriver
+    shipped_bundle: Bundle, clip: Clip, context: CudaContext, emulated: EmulatedDriver
 ) -> None:
     frames = [OnDevice(context, frame) for frame, _ in clip[:4]]
     with opened(shipped_bundle) as tracker:
@@ -446,21 +332,6 @@ def test_a_frame_on_the_device_costs_one_launch_and_no_copy(
     assert calls == ["cuPointerGetAttribute", "cuGraphLaunch"]
 
 
-def test_a_policy_in_python_needs_the_host(toy: Bundle) -> None:
-    class Own(ExitPolicy):
-        def should_exit(self, exit_index: int, uncertainty: float, score: float) -> bool:
-            return exit_index == 1
-
-    own = Own((0.0, 0.0))
-    frame = np.zeros((120, 160, 3), np.uint8)
-    with opened(toy, "auto", exit_policy=own) as tracker:
-        assert tracker.exit_decision == "host"
-        tracker.init(frame, (40, 40, 20, 20))
-        assert tracker.update(frame).exit_index == 1
-    with opened(toy, "device") as tracker, pytest.raises(TypeError, match="exit_decision='host'"):
-        tracker.exit_policy = own
-
-
 def test_stages_are_timed_where_the_host_decides(toy: Bundle) -> None:
     frame = np.zeros((120, 160, 3), np.uint8)
     policy = ExitPolicy.fixed(1, num_exits=3)
@@ -470,50 +341,3 @@ def test_stages_are_timed_where_the_host_decides(toy: Bundle) -> None:
         assert list(tracker.stage_ms) == ["crop", "segment_0", "segment_1"]
         assert all(ms > 0 for ms in tracker.stage_ms.values())
         assert tracker.gpu_memory_bytes > 0
-
-
-def test_what_is_no_frame_is_refused(toy: Bundle, context: CudaContext) -> None:
-    class Elsewhere:
-        def __dlpack_device__(self) -> tuple[int, int]:
-            return (2, 7)
-
-        def __dlpack__(self, **_: Any) -> Any:
-            raise AssertionError("not asked for")
-
-    image = OnDevice(context, np.zeros((64, 64, 3), np.uint8))
-    wrong_type = OnDevice(context, np.zeros((64, 64, 3), np.uint8))
-    wrong_type.__cuda_array_interface__["typestr"] = "<f4"
-    on_host = OnDevice(context, np.zeros((64, 64, 3), np.uint8))
-    pageable = np.zeros((64, 64, 3), np.uint8)
-    on_host.__cuda_array_interface__["data"] = (pageable.ctypes.data, False)
-    planar = OnDevice(context, np.zeros((64, 64, 3), np.uint8))
-    planar.__cuda_array_interface__["strides"] = (64, 1, 4096)
-    with opened(toy) as tracker:
-        for frame, error, message in (
-            (np.zeros((8, 8, 3)), TypeError, "expected a uint8 array"),
-            (Elsewhere(), TypeError, "expected memory of CUDA device 0"),
-            (wrong_type, TypeError, "expected uint8"),
-            (on_host, TypeError, "got memory that no CUDA driver allocated"),
-            (planar, ValueError, "rows of adjoining pixels"),
-            (GpuFrame(image, format="gray8"), ValueError, "expected a format among"),
-            (GpuFrame(image, format="bgr8", chroma=image), ValueError, "expected none"),
-        ):
-            with pytest.raises(error, match=message):
-                tracker.init(frame, (10, 10, 20, 20))
-    for frame in (image, wrong_type, on_host, planar):
-        frame.memory.close()
-
-
-def test_a_forked_child_is_told(toy: Bundle) -> None:
-    frame = np.zeros((120, 160, 3), np.uint8)
-    with opened(toy) as tracker:
-        tracker.init(frame, (40, 40, 20, 20))
-        child = os.fork()
-        if not child:
-            try:
-                tracker.update(frame)
-            except EdgeTrackError as error:
-                os._exit(0 if "fork" in str(error) else 2)
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        tracker.update(frame)

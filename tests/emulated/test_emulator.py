@@ -256,15 +256,18 @@ class TestMemory:
         assert driver.code("cuMemAlloc_v2", found, 500) == "SUCCESS"
         assert driver.emulated.live_bytes == 500
 
-    @pytest.mark.parametrize(("is_integrated", "free"), [(1, 400), (0, 1000)])
+    @pytest.mark.parametrize(
+        ("is_integrated", "free", "error"), [(1, 400, "OUT_OF_MEMORY"), (0, 1000, "SUCCESS")]
+    )
     def test_pinned_memory_counts_where_memory_is_shared(
-        self, driver: Driver, is_integrated: int, free: int
+        self, driver: Driver, is_integrated: int, free: int, error: str
     ) -> None:
         driver.emulated.configure(memory_bytes=1000, integrated=is_integrated)
         driver.pinned(600)
 
         assert free_bytes(driver) == free
         assert driver.emulated.live_bytes == 600
+        assert driver.code("cuMemHostAlloc", (ctypes.c_uint64 * 1)(), 1001, 0) == error
 
     def test_registered_memory_is_registered_once(self, driver: Driver) -> None:
         host = np.zeros(64, np.uint8)

@@ -323,6 +323,21 @@ class TestChildGraphs:
 
         assert self.add(driver, driver.graph(), driver.end(stream)) == "NOT_SUPPORTED"
 
+    def test_the_rules_of_a_body_hold_for_its_children_too(self, driver: Driver) -> None:
+        stream, address = driver.stream(), driver.memory()
+        driver.begin(stream)
+        driver.do("cuLaunchHostFunc", stream, address, None)  # never launched
+        child = driver.end(stream)
+        driver.begin(stream)
+        handle = driver.condition(driver.graph_of(stream)[0])
+        body = add_conditional(driver, stream, handle).body()
+        assert self.add(driver, body, child) == "SUCCESS"
+        graph = driver.end(stream)
+
+        made = driver.code("cuGraphInstantiateWithFlags", (ctypes.c_uint64 * 1)(), graph, 0)
+
+        assert made == "INVALID_VALUE"
+
     def test_a_graph_is_not_its_own_child(self, driver: Driver) -> None:
         graph = driver.graph()
         assert self.add(driver, graph, graph) == "INVALID_VALUE"

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrack.backends.cuda.driver import (
+    OLDEST_DRIVER,
     count_cuda_devices,
     cuda_driver_version,
     driver_version,
@@ -31,8 +32,6 @@ from edgetrack.errors import (
 )
 
 __all__ = ["CudaContext"]
-
-OLDEST_DRIVER = 12040  # the first with conditional graph nodes
 
 _STREAM_NON_BLOCKING = 1
 _Byte = ctypes.c_ubyte * 1
@@ -189,6 +188,11 @@ class CudaContext:
         with self.current():
             self._pycuda.memcpy_dtoh_async(out, address, stream.held)
             stream.synchronize()
+
+    def copy_on_device(self, target: int, source: int, num_bytes: int, stream: Stream) -> None:
+        """Copy between device addresses, mapped memory's among them, in stream order."""
+        with self.current():
+            self._pycuda.memcpy_dtod_async(target, source, num_bytes, stream.held)
 
     def copy_rows(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 from edgetrack.errors import DeviceError, DeviceMemoryError
 
 __all__ = [
+    "OLDEST_DRIVER",
     "CudaDevice",
     "call_driver",
     "count_cuda_devices",
@@ -23,6 +24,8 @@ __all__ = [
     "load_driver",
     "was_started_before_fork",
 ]
+
+OLDEST_DRIVER = 12040  # CUDA 12.4, the first with conditional graph nodes
 
 _POINTER_DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _CAPTURE_HINT = (

@@ -18,11 +18,15 @@ compiles against them).
 """
 
 import ctypes
-from collections.abc import Mapping
+import gc
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from ctypes import byref, c_int, c_size_t, c_void_p
 from types import MappingProxyType
 
 from edgetrack.backends.cuda.driver import (
+    OLDEST_DRIVER,
     call_driver,
     driver_error,
     driver_version,
@@ -45,9 +49,8 @@ __all__ = [
     "if_node",
     "is_capturing",
     "supports_conditional_nodes",
+    "without_garbage_collection",
 ]
-
-OLDEST_DRIVER = 12040
 
 _CALLS = (
     "cuStreamBeginCaptureToGraph",
@@ -110,6 +113,44 @@ class _NodeParams(ctypes.Structure):
         ("of_type", _ParamsOfType),
         ("reserved2", ctypes.c_longlong),
     )
+
+
+class _GcPause:
+    """Who needs the garbage collector to be off, in all threads together."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.num_users = 0
+        self.was_enabled = False
+
+
+_gc_pause = _GcPause()
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Keep Python's garbage collector off while a stream of this thread captures.
+
+    It runs at any allocation, on the thread that happens to make it; where it finds an object of
+    CUDA in a cycle, freeing that object spoils the thread's capture. What is garbage already goes
+    at the start. Blocks may be nested, and may overlap in several threads: the last one out sets
+    the collector as it was.
+    """
+    with _gc_pause.lock:
+        is_first = _gc_pause.num_users == 0
+        if is_first:
+            _gc_pause.was_enabled = gc.isenabled()
+            gc.disable()
+        _gc_pause.num_users += 1
+    try:
+        if is_first:  # only then is it known that this thread does not capture yet
+            gc.collect()
+        yield
+    finally:
+        with _gc_pause.lock:
+            _gc_pause.num_users -= 1
+            if _gc_pause.num_users == 0 and _gc_pause.was_enabled:
+                gc.enable()
 
 
 def supports_conditional_nodes() -> bool:

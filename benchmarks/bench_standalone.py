@@ -1,11 +1,11 @@
-"""Was exit 0 crippled by what follows it? A model that is exit 0 alone, with the same budget.
+"""Was exit 0 crippled by what follows it? The same weights, set free to serve exit 0 alone.
 
-    python benchmarks/bench_standalone.py DATA SEQUENCES [--stem S] [--samples N,M] [--seeds 0,1,2]
-        [--pseudo-tracks F]
+    python benchmarks/bench_standalone.py DATA SEQUENCES [--bundle B] [--samples N] [--seeds 0,1]
 
-Trains, under each seed, the whole model as its recipe says (N pairs for the trunk and the last
-exit, M for the shallow ones), and a model cut off behind exit 0 that sees all N + M pairs and whose
-stem and correlation serve nothing else. Both are scored in closed loop with exit 0.
+Cuts a bundle's model off behind exit 0 and trains all that is left (stem, correlation, exit) end to
+end, as a stand-alone model of that depth would be, from where the bundle's own training left it. If
+that gains much, exit 0 was held back by a trunk that is trained for the last exit. Both are scored
+in closed loop.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from study import RESULTS, score, slug, train_and_export
@@ -23,61 +24,62 @@ from edgetrack.data.sequences import read_sequences
 from edgetrack.errors import EdgeTrackError
 from edgetrack.evaluate.metrics import bootstrap_interval
 from edgetrack.runtime.policies import ExitPolicy
-from edgetrack.train.recipes import Recipe, Stage, get_recipe
+from edgetrack.train.recipes import Recipe, get_recipe
 
 
-def with_budget(recipe: Recipe, samples: tuple[int, int], *, name: str, seed: int) -> Recipe:
-    """A recipe of another size."""
-    stages: tuple[Stage, Stage] = (
-        dataclasses.replace(recipe.stages[0], samples=samples[0]),
-        dataclasses.replace(recipe.stages[1], samples=samples[1]),
-    )
-    return dataclasses.replace(recipe, name=slug(name), stages=stages, seed=seed)
-
-
-def recipes(args: argparse.Namespace) -> dict[str, Recipe]:
-    """Name of each run → its recipe; the whole models are those of ``bench_ablation.py``."""
+def recipe(args: argparse.Namespace, seed: int) -> Recipe:
+    """Exit 0 and what it needs, with nothing frozen, at half the recipe's rate."""
     base = get_recipe(args.recipe)
-    first, second = args.samples
-    cut = dataclasses.replace(base, model_config={"exit_after": (0,)})
-    runs = {}
-    for seed in args.seeds:
-        whole, alone = f"all, seed {seed}", f"exit 0 alone, seed {seed}"
-        runs[whole] = with_budget(base, (first, second), name=whole, seed=seed)
-        runs[alone] = with_budget(cut, (first + second, second), name=alone, seed=seed)
-    return runs
+    stage = dataclasses.replace(
+        base.stages[0],
+        samples=args.samples,
+        learning_rate=base.stages[0].learning_rate / 2,
+        frozen_stem_share=0.0,
+    )
+    return dataclasses.replace(
+        base,
+        name=slug(f"exit 0 alone, seed {seed}"),
+        stages=(stage, base.stages[1]),
+        model_config={"exit_after": (0,)},
+        seed=seed,
+    )
+
+
+def aucs_of_exit_0(path: Path, sequences: list[Any]) -> np.ndarray:
+    """Success AUC of each sequence, always with exit 0."""
+    bundle = Bundle.load(path)
+    policy = ExitPolicy.fixed(0, num_exits=bundle.num_exits)
+    return np.array([r.metrics.success_auc for r in score(bundle, policy, sequences)])
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, score, print, write."""
     sequences = list(read_sequences(args.sequences))
-    aucs: dict[str, np.ndarray] = {}
-    for name, recipe in recipes(args).items():
+    start = Bundle.load(args.bundle)
+    within = aucs_of_exit_0(start.path, sequences)
+    print(f"within {start.name}: AUC of exit 0 {within.mean():.3f}", flush=True)
+    alone = []
+    for seed in args.seeds:
         path = train_and_export(
-            recipe,
+            recipe(args, seed),
             [parse_source(args.data)],
             args.work,
-            label=name,
-            stem=args.stem,
-            pseudo_tracks=args.pseudo_tracks,
+            label=f"exit 0 alone, seed {seed}",
+            start=start,
         )
-        bundle = Bundle.load(path)
-        policy = ExitPolicy.fixed(0, num_exits=bundle.num_exits)
-        aucs[name] = np.array(
-            [r.metrics.success_auc for r in score(bundle, policy, sequences)], np.float64
-        )
-        print(f"{name:24s} AUC of exit 0: {aucs[name].mean():.3f}")
-    alone = np.mean([v for k, v in aucs.items() if k.startswith("exit 0")], 0)
-    within = np.mean([v for k, v in aucs.items() if k.startswith("all")], 0)
-    low, high = bootstrap_interval(within - alone, seed=0)
-    print(f"within the model - alone: {(within - alone).mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        alone.append(aucs_of_exit_0(path, sequences))
+        print(f"alone, seed {seed}: {alone[-1].mean():.3f}", flush=True)
+    differences = within - np.mean(alone, 0)
+    low, high = bootstrap_interval(differences, seed=0)
+    print(f"within - alone: {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
     content = {
-        "recipe": args.recipe,
+        "bundle": {"name": start.name, "digest": start.digest},
         "samples": args.samples,
         "cpus": os.cpu_count(),
         "sequences": [sequence.name for sequence in sequences],
-        "auc_of_exit_0": {name: float(values.mean()) for name, values in aucs.items()},
-        "difference": float((within - alone).mean()),
+        "auc_within": float(within.mean()),
+        "auc_alone": {seed: float(a.mean()) for seed, a in zip(args.seeds, alone, strict=True)},
+        "difference": float(differences.mean()),
         "interval_95": [low, high],
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -100,11 +102,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("data", help="as for edgetrack train --data")
     parser.add_argument("sequences", type=Path)
     parser.add_argument("--recipe", default="early_exit_vit-tiny")
-    parser.add_argument("--stem", type=Path, help="pretrained ShuffleNetV2 stem, .npz")
-    parser.add_argument("--samples", type=numbers, default=[24_000, 6_000], help="N,M")
-    parser.add_argument("--pseudo-tracks", type=Path)
+    parser.add_argument("--bundle", type=Path, help="whose exit 0 [default: the one that ships]")
+    parser.add_argument("--samples", type=int, default=32_000)
     parser.add_argument("--seeds", type=numbers, default=[0], help="0,1,2")
-    parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--work", type=Path, default=Path("runs/standalone"))
     parser.add_argument("--output", type=Path, default=RESULTS / "standalone-cpu.json")
     return parser.parse_args()
 

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from edgetrack.backends import BackendInfo, list_backends
-from edgetrack.backends.cuda.driver import CudaDevice, cuda_driver_version, find_cuda_device
+from edgetrack.backends.cuda.driver import (
+    OLDEST_DRIVER,
+    CudaDevice,
+    cuda_driver_version,
+    driver_version,
+    find_cuda_device,
+)
 from edgetrack.backends.cuda.graphs import supports_conditional_nodes
 from edgetrack.backends.ort import cpu_name
 from edgetrack.power import MachineState, Nvml, read_machine_state
@@ -32,7 +38,15 @@ _ORT_PROBE = "print(json.dumps([m.__version__, m.get_available_providers()]))"
 _VERSION_PROBE = "print(json.dumps([m.__version__]))"
 _PYCUDA_PROBE = "from importlib import metadata; print(json.dumps([metadata.version('pycuda')]))"
 _JETPACK_OF_L4T = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7"}
-_OLDEST_CUDA = (12, 4)
+# From a checkout, edgetrack itself is only found in the working directory.
+_NODES_PROBE = f"""m.path.append({str(Path(__file__).parents[1])!r})
+from edgetrack.backends.cuda import CudaContext
+from edgetrack.runtime.device_state import read_ptx
+from edgetrack.runtime.frame_graph import conditional_nodes_refusal
+with CudaContext.open() as context, context.current():
+    refusal = conditional_nodes_refusal(context, context.module(read_ptx()))
+print(json.dumps([refusal and str(refusal)]))
+"""
 _PYCUDA = "run: pip install 'edgetrack[cuda]'"
 _JETSON_EXPORTS = (
     "export PATH=/usr/local/cuda/bin:$PATH CPATH=/usr/local/cuda/include "
@@ -287,27 +301,42 @@ def _pycuda(*, is_jetson: bool) -> Finding:
 def _exit_decision(device: CudaDevice | None, *, has_pycuda: bool) -> Finding:
     """Who would decide to stop, in a tracker whose engines run on the GPU."""
     has_nodes = supports_conditional_nodes()
-    chosen, hint = "host", ""
+    chosen, why, hint, is_probed = "host", "segments on the CPU", "", False
     if device is None:
         hint = "with a GPU, it could decide itself"
-    elif tuple(map(int, device.driver.split("."))) < _OLDEST_CUDA:
+    elif (driver_version() or 0) < OLDEST_DRIVER:
         hint = "update the driver: trackers on a GPU need CUDA 12.4 or newer"
     elif not has_pycuda:
         hint = "install PyCUDA: trackers on a GPU need it"
+    elif not has_nodes:
+        chosen = "flag"
+        why = "the host reads a flag that the GPU sets, as there are no conditional nodes"
     else:
-        chosen = "device" if has_nodes else "flag"
-    meaning = {
-        "device": "one CUDA graph per frame, in which the GPU skips segments",
-        "flag": "the host reads a flag that the GPU sets, as there are no conditional nodes",
-        "host": "segments on the CPU",
-    }
+        (chosen, why, hint), is_probed = _probed_decision(), True
     return Finding(
         name="Exit decision",
-        is_present=chosen != "host",
-        value=f"{chosen}: {meaning[chosen]}",
-        details={"exit_decision": chosen, "has_conditional_nodes": has_nodes},
+        is_present=chosen in ("device", "flag"),
+        value=f"{chosen}{' (probed)' if is_probed else ''}: {why}",
+        details={
+            "exit_decision": chosen,
+            "has_conditional_nodes": has_nodes,
+            "is_probed": is_probed,
+        },
         hint=hint,
     )
+
+
+def _probed_decision() -> tuple[str, str, str]:
+    """Who decides on this device, what that means, and what to do, after a trial of its nodes."""
+    found = _probe("sys", _NODES_PROBE)
+    if isinstance(found, str):
+        hint = "a tracker on this GPU would fail in the same way"
+        return "unknown", f"the trial failed: {found}", hint
+    (refusal,) = found
+    if refusal is None:
+        return "device", "one CUDA graph per frame, in which the GPU skips segments", ""
+    why = f"the host reads a flag that the GPU sets, as conditional nodes do not work: {refusal}"
+    return "flag", why, "update the driver, and tell us the GPU if that does not help"
 
 
 def _power(device: CudaDevice | None, root: Path) -> Finding:

@@ -199,7 +199,7 @@ def test_a_gpu_is_described(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("machine", "decision", "hint"),
     [
-        ({}, "device", ""),
+        ({}, "unknown", "a tracker on this GPU would fail in the same way"),  # a stub cannot try
         ({"has_nodes": False}, "flag", ""),
         ({"has_pycuda": False}, "host", "install PyCUDA"),
         ({"version": 12030}, "host", "update the driver"),
@@ -211,8 +211,9 @@ def test_who_would_decide_to_stop(
     finding = examine_jetson(tmp_path, **machine)["exit_decision"]
 
     assert finding["details"]["exit_decision"] == decision
-    assert finding["value"].startswith(f"{decision}: ")
-    assert finding["is_present"] is (decision != "host")
+    is_probed = " (probed)" if decision == "unknown" else ""
+    assert finding["value"].startswith(f"{decision}{is_probed}: ")
+    assert finding["is_present"] is (decision == "flag")
     assert finding["hint"].startswith(hint)
     assert bool(finding["hint"]) is bool(hint)
 

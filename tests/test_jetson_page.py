@@ -91,7 +91,7 @@ def test_pipelines_that_are_shown_are_those_that_run() -> None:
         "expected a driver for CUDA 12.4 or newer",
         "PyCUDA: expected one for CUDA",
         "another TensorRT wrote it",
-        "expected a driver with conditional nodes",
+        "expected a driver whose conditional nodes work",
         "expected an OpenCV with GStreamer",
         "to have the element",
         "expected a frame within",

@@ -16,3 +16,7 @@ FROM_TWIN = {"float32": 1e-5, "float64": 1e-12}
 # Largest difference of two loops that run the same engines, one with OpenCV's crops and one with
 # the crop kernel, whose pixels differ by a grey level at most.
 BETWEEN_LOOPS = {"bbox_px": 0.5}
+
+# Mean difference of two closed loops over one clip: FP16 or FP32 products and the crop kernel on a
+# GPU, and FP32 with OpenCV's crops on a CPU.
+BETWEEN_DEVICES = {"mean_bbox_px": 2.0}

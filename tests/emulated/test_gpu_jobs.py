@@ -41,5 +41,11 @@ def test_the_frame_graph_job_measures_everything(
     assert agreement["exits_equal_share"] == 1
     assert len(content["latency"]) == 3 * 3 * 2
     assert {row["segment"] for row in content["roofline"]} == {f"segment_{k}" for k in range(3)}
+    skipping = content["skipping"]
+    assert skipping["saturated_ms"].keys() == {"device", "flag", "host"}
+    assert all(ms > 0 for ms in skipping["saturated_ms"].values())
+    needed_ms = skipping["crop_and_segment_0_ms"]
+    assert skipping["ratio"] == skipping["saturated_ms"]["device"] / needed_ms
     assert content["soak"]["num_frames"] == 12
+    assert all(content["soak"][when]["process_used_mib"] > 0 for when in ("before", "after"))
     sys.modules.pop("frame_graph")

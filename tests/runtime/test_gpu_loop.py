@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tolerances import BETWEEN_DEVICES
 
 from edgetrack.backends.cuda.driver import find_cuda_device
 from edgetrack.bundle import Bundle
@@ -14,9 +15,6 @@ from edgetrack.tracker import Tracker, TrackResult
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
-
-# FP16 products against FP32 on a CPU, over a clip in closed loop.
-_MEAN_DIFFERENCE_PX = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def test_it_follows_as_the_cpu_does(
         found = follow(tracker, frames, clip[0][1])
 
     difference = np.abs(np.array([r.bbox for r in found]) - [r.bbox for r in expected])
-    assert difference.mean() < _MEAN_DIFFERENCE_PX
+    assert difference.mean() < BETWEEN_DEVICES["mean_bbox_px"]
 
 
 def test_frames_of_torch_are_taken_as_they_are(shipped_bundle: Bundle, clip: list[Any]) -> None:

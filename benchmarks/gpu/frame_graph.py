@@ -37,7 +37,6 @@ from edgetrack.tracker import Tracker, TrackResult
 
 DECISIONS = ("device", "flag", "host")
 Clip = list[tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]]
-_WARM_UP = 50
 
 
 class Job:
@@ -48,6 +47,7 @@ class Job:
         bundle: What to run.
         precision: ``None`` is the backend's default.
         num_frames: Updates per timed pass.
+        num_warm_up: Updates before one that are not timed.
         soak_frames: Updates of the soak.
         reference: A CPU backend to compare with.
         peak_tflops: Of the GPU at this precision; with ``peak_gbps`` the floor of a segment.
@@ -61,13 +61,15 @@ class Job:
         *,
         precision: str | None,
         num_frames: int,
+        num_warm_up: int = 50,
         soak_frames: int,
         reference: str,
         peak_tflops: float,
         peak_gbps: float,
     ) -> None:
         self.backend, self.bundle, self.precision = backend, bundle, precision
-        self.num_frames, self.soak_frames, self.reference = num_frames, soak_frames, reference
+        self.num_frames, self.num_warm_up = num_frames, num_warm_up
+        self.soak_frames, self.reference = soak_frames, reference
         self.peak_tflops, self.peak_gbps = peak_tflops, peak_gbps
         self.clip: Clip = list(render_clip(num_frames=120, width=640, height=480, seed=5))
 
@@ -182,7 +184,7 @@ class Job:
         context = CudaContext.open()
         with _DeviceFrames(self.clip) as frames, self.tracker("device") as tracker:
             tracker.init(frames.arrays[0], self.clip[0][1])
-            self._soak(tracker, frames.arrays, _WARM_UP * 10)
+            self._soak(tracker, frames.arrays, self.num_warm_up * 10)
             before = _memory(context)
             latencies_ms = self._soak(tracker, frames.arrays, self.soak_frames)
             after = _memory(context)
@@ -210,7 +212,7 @@ class Job:
             count -= len(frames) - 1
 
     def _time(self, tracker: Tracker, frames: list[Any]) -> dict[str, float]:
-        for frame in self._passes(tracker, frames, _WARM_UP):
+        for frame in self._passes(tracker, frames, self.num_warm_up):
             tracker.update(frame)
         whole_ms, submit_us = [], []
         for frame in self._passes(tracker, frames, self.num_frames):
@@ -248,7 +250,7 @@ class Job:
         for frame in self._passes(tracker, frames, self.num_frames):
             tracker.update(frame)
             rows.append(dict(tracker.stage_ms))
-        rows = rows[_WARM_UP:] or rows
+        rows = rows[self.num_warm_up :] or rows
         return {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
 
     def _soak(self, tracker: Tracker, frames: list[Any], count: int) -> list[float]:

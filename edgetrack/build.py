@@ -11,15 +11,17 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Literal
 
 from edgetrack.backends import get_backend
 from edgetrack.backends.engine import Backend, BuiltGraph, EngineKey, EngineSet, find_engines
-from edgetrack.bundle import Bundle, GraphSpec, sha256_of, whole_folder
+from edgetrack.bundle import Bundle, sha256_of, whole_folder
 from edgetrack.errors import EngineBuildError, EngineMismatchError
 
 __all__ = ["BuildProgress", "build"]
@@ -60,6 +62,7 @@ def build(
     backend: str = "auto",
     precision: str | None = None,
     device: int = 0,
+    calibration: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] = "engines",
     force: bool = False,
     on_progress: OnProgress | None = None,
@@ -73,6 +76,8 @@ def build(
         backend: A backend's name; ``auto`` is the best that can build and run here.
         precision: ``fp32``, ``fp16`` or ``int8``; ``None`` is ``fp16`` where the backend has it.
         device: Number of the CUDA device to build for, on backends that use one.
+        calibration: For INT8, a calibration cache, or a folder of them; ``None`` looks in the
+            bundle's own folder ``calibration`` (see ``quantize.calibrate``).
         output: The folder that holds engine folders.
         force: Compile even what is up to date.
         on_progress: Called as the build goes on; never called if all is up to date.
@@ -82,6 +87,7 @@ def build(
         BackendUnavailableError: The backend is unknown or not installed, or finds no GPU.
         BundleError: The bundle cannot be read.
         EngineBuildError: The compiler refused a graph, or memory or room in ``output`` ran out.
+        CalibrationError: For INT8 there is no cache of this bundle, or it does not fit.
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     compiler = get_backend(backend, device=device)
@@ -99,7 +105,14 @@ def build(
         _remove_dead_builds(root)
         if shutil.disk_usage(root).free < needed_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return _build_all(source, compiler, key, root / key.folder_name, on_progress)
+        return _build_all(
+            source,
+            compiler,
+            key,
+            root / key.folder_name,
+            on_progress,
+            calibration=None if calibration is None else Path(calibration),
+        )
 
 
 def _up_to_date(bundle: Bundle, root: Path, key: EngineKey) -> EngineSet | None:
@@ -152,13 +165,25 @@ def _remove_dead_builds(root: Path) -> None:
 
 
 def _build_all(
-    bundle: Bundle, backend: Backend, key: EngineKey, target: Path, on_progress: OnProgress | None
+    bundle: Bundle,
+    backend: Backend,
+    key: EngineKey,
+    target: Path,
+    on_progress: OnProgress | None,
+    *,
+    calibration: Path | None,
 ) -> EngineSet:
     graphs: dict[str, BuiltGraph] = {}
-    with whole_folder(target) as folder:
+    with whole_folder(target) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if key.precision == "int8":
+            _reporter(bundle, 0, on_progress)("quantising all graphs", 0.0)
+        typed = _typed_graphs(bundle, backend, key.precision, Path(scratch), calibration)
         for index, graph in enumerate(bundle.graphs):
             report = _reporter(bundle, index, on_progress)
-            graphs[graph.name] = _build_one(bundle, graph, backend, key.precision, folder, report)
+            engine_path = folder / f"{graph.name}{backend.engine_suffix}"
+            graphs[graph.name] = _build_one(
+                typed[graph.name], engine_path, backend, key.precision, report
+            )
         built_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
         EngineSet(path=folder, key=key, graphs=graphs, built_at=built_at).write()
     return EngineSet(path=target, key=key, graphs=graphs, built_at=built_at)
@@ -181,18 +206,15 @@ def _reporter(
 
 
 def _build_one(
-    bundle: Bundle,
-    graph: GraphSpec,
+    onnx_path: Path,
+    engine_path: Path,
     backend: Backend,
     precision: str,
-    folder: Path,
     report: Callable[[str, float], None],
 ) -> BuiltGraph:
     start = time.perf_counter()
     report("starting", 0.0)
-    engine_path = folder / f"{graph.name}{backend.engine_suffix}"
-    with _typed_graph(bundle.graph_path(graph), precision, folder) as onnx_path:
-        backend.compile(onnx_path, engine_path, precision=precision, on_step=report)
+    backend.compile(onnx_path, engine_path, precision=precision, on_step=report)
     report("done", 1.0)
     return BuiltGraph(
         file=engine_path.name,
@@ -202,16 +224,25 @@ def _build_one(
     )
 
 
-@contextlib.contextmanager
-def _typed_graph(onnx_path: Path, precision: str, folder: Path) -> Iterator[Path]:
-    """The graph in the precision of the build: for FP16 a cast copy, removed afterwards."""
-    if precision != "fp16":
-        yield onnx_path
-        return
-    # Needs NumPy and onnx, which a build that is up to date does not.
-    from edgetrack.quantize.fp16 import cast_file_to_fp16
+def _typed_graphs(
+    bundle: Bundle, backend: Backend, precision: str, scratch: Path, calibration: Path | None
+) -> Mapping[str, Path]:
+    """The graphs in the precision of the build, by name; FP16 and INT8 are written to scratch."""
+    paths = {graph.name: bundle.graph_path(graph) for graph in bundle.graphs}
+    # What quantises needs NumPy and onnx, which a build that is up to date does not.
+    if precision == "fp16":
+        from edgetrack.quantize.fp16 import cast_file_to_fp16
 
-    cast_path = folder / f"{onnx_path.stem}.fp16.onnx"
-    cast_file_to_fp16(onnx_path, cast_path)
-    yield cast_path
-    cast_path.unlink()
+        for name, path in paths.items():
+            paths[name] = scratch / path.name
+            cast_file_to_fp16(path, paths[name])
+    elif precision == "int8":
+        from edgetrack.quantize.cache import load_cache
+        from edgetrack.quantize.int8 import write_int8_graphs
+
+        cache = load_cache(bundle, calibration)
+        runtime: Literal["onnxruntime", "tensorrt"] = (
+            "onnxruntime" if backend.runs_on == "cpu" else "tensorrt"
+        )
+        return write_int8_graphs(bundle, cache, scratch, runtime=runtime)
+    return paths

@@ -14,7 +14,12 @@ from edgetrack.backends import get_backend
 from edgetrack.backends.engine import Backend, DeviceEngine, Engine, find_engines
 from edgetrack.boxes import as_bbox_xywh
 from edgetrack.bundle import Bundle
-from edgetrack.errors import BundleFormatError, FrameSizeError, TrackerStateError
+from edgetrack.errors import (
+    BundleFormatError,
+    EngineNotFoundError,
+    FrameSizeError,
+    TrackerStateError,
+)
 from edgetrack.runtime.host_loop import HostLoop
 from edgetrack.runtime.loop import EXIT_DECISIONS, Loop, PendingResult, TrackResult
 from edgetrack.runtime.policies import ExitPolicy
@@ -277,6 +282,11 @@ class _Loader:
         key = backend.key(model=bundle.name, bundle_digest=bundle.digest, precision=precision)
         self._built = find_engines(root, key, graphs=[graph.name for graph in bundle.graphs])
         self.path = None if self._built is None else self._built.path
+        if self._built is None and precision == "int8":
+            raise EngineNotFoundError(
+                f"{root}: expected INT8 engines of {bundle.name} for {backend.name}, got none; "
+                "run: edgetrack build --precision int8"
+            )
 
     def __call__(self, opened: contextlib.ExitStack) -> list[Engine | DeviceEngine]:
         """All engines; each is entered into ``opened``, so that one that fails frees the others."""

@@ -10,20 +10,25 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from toy_bundle import write_toy_bundle
 
 from edgetrack.backends import get_backend
 from edgetrack.backends.engine import SIDECAR_NAME, EngineKey, EngineSet, find_engines
 from edgetrack.backends.trt.layer_table import read_layer_table
+from edgetrack.boxes import iou_xywh
 from edgetrack.build import BuildProgress, build
 from edgetrack.bundle import Bundle, sha256_of
+from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import (
     BackendUnavailableError,
     BundleTamperedError,
+    CalibrationError,
     EngineBuildError,
     EngineMismatchError,
 )
+from edgetrack.tracker import Tracker
 
 # Builds, and stops at the third graph: says so and waits until it is killed or the file is there.
 STOPPING_BUILD = """
@@ -340,3 +345,46 @@ def test_tensorrt_rtx_builds_every_graph_of_the_bundle_that_ships(output: Path) 
     for graph in engines.graphs.values():
         rows = read_layer_table(engines.path / graph.file)
         assert {row.precision for row in rows if row.is_product} == {"Half"}
+
+
+def test_int8_engines_are_built_from_the_bundles_own_cache_and_track_as_fp32_does(
+    shipped_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no calibration/ here
+    built = build(shipped_bundle, backend="onnxruntime", precision="int8", output=tmp_path / "e")
+    (first, bbox), *clip = render_clip(num_frames=24, width=320, height=240, seed=4)
+    boxes = {}
+    for precision in ("fp32", "int8"):
+        with Tracker(
+            shipped_bundle, backend="onnxruntime", precision=precision, engines=tmp_path / "e"
+        ) as tracker:
+            tracker.init(first, bbox.tolist())
+            boxes[precision] = np.array([tracker.update(frame).bbox for frame, _ in clip])
+
+    assert built.key.precision == "int8"
+    graphs = sum(shipped_bundle.graph_path(g).stat().st_size for g in shipped_bundle.graphs)
+    assert sum(g.size_bytes for g in built.graphs.values()) < 0.45 * graphs
+    assert not np.array_equal(boxes["int8"], boxes["fp32"])
+    assert iou_xywh(boxes["int8"], boxes["fp32"]).mean() > 0.9
+    assert [p.name for p in built.path.iterdir() if p.is_dir()] == []
+
+
+def test_int8_without_a_cache_says_how_to_make_one(
+    toy: Bundle, shipped_bundle: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match="make one with: edgetrack calibrate"):
+        build(toy, backend="onnxruntime", precision="int8", output=tmp_path / "e")
+    cache = next((shipped_bundle.path / "calibration").glob("*.json"))
+    with pytest.raises(CalibrationError, match="expected one of toy"):
+        build(
+            toy, backend="onnxruntime", precision="int8", calibration=cache, output=tmp_path / "e"
+        )
+    assert [p.name for p in (tmp_path / "e").iterdir() if p.is_dir()] == []
+
+
+def test_the_committed_cache_and_the_shipped_one_are_the_same(shipped_bundle: Bundle) -> None:
+    folders = (Path(__file__).parents[1] / "calibration", shipped_bundle.path / "calibration")
+    first, second = ({f.name: f.read_bytes() for f in d.glob("*.json")} for d in folders)
+
+    assert first == second
+    assert len(first) == 1

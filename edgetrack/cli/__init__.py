@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from edgetrack.cli import author, build, inspect, measure, pseudolabel, run
+from edgetrack.cli import author, build, calibrate, inspect, measure, pseudolabel, run
 from edgetrack.errors import EdgeTrackError
 
 __all__ = ["app", "main"]
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 for command in (
     build.build,
+    calibrate.calibrate,
     run.track,
     run.demo,
     measure.bench,

@@ -32,6 +32,13 @@ def build(
     output: Annotated[Path, typer.Option(help="Where engine folders go")] = Path("engines"),
     force: Annotated[bool, typer.Option("--force", help="Build even what is up to date")] = False,
     device: DeviceOption = 0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="For int8: a calibration cache or a folder of them [default: calibration/, then "
+            "the bundle's own]"
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Compile a bundle's segments into engines for this machine.
@@ -45,6 +52,7 @@ def build(
         output=output,
         force=force,
         device=device,
+        calibration=calibration,
         is_quiet=json,
     )
     if json:
@@ -68,6 +76,7 @@ def build_engines(
     output: Path,
     force: bool = False,
     device: int = 0,
+    calibration: Path | None = None,
     is_quiet: bool = False,
 ) -> "tuple[EngineSet, bool]":
     """Build with a progress bar; also says whether anything had to be built."""
@@ -96,6 +105,7 @@ def build_engines(
             output=output,
             force=force,
             device=device,
+            calibration=calibration,
             on_progress=show,
         )
     return engines, is_new

@@ -6,36 +6,21 @@ FP16's range. ``onnxruntime.transformers.float16`` is not used: it returns to FP
 node that it keeps in FP32, so a chain of decoding steps would be rounded at each link.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetrack.bundle import ANSWER_NAMES
-from edgetrack.errors import BackendUnavailableError, EngineBuildError
+from edgetrack.errors import EngineBuildError
+from edgetrack.quantize.layers import FP32_NAMES, GraphIndex
+from edgetrack.quantize.plain import plain_copy, require_packages
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["FP32_NAMES", "cast_file_to_fp16", "to_fp16"]
+__all__ = ["cast_file_to_fp16", "to_fp16"]
 
-FP32_NAMES = frozenset({*ANSWER_NAMES, "template_bbox_cxcywh"})
-_LAYERS = frozenset(
-    {
-        "Attention",
-        "BatchNormalization",
-        "Conv",
-        "ConvTranspose",
-        "Einsum",
-        "Gemm",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "MatMul",
-    }
-)
 _FP32_OPERATORS = frozenset(
     {
         # The result easily leaves FP16's range.
@@ -54,9 +39,6 @@ _FP32_OPERATORS = frozenset(
     }
 )
 _FP32_SLOTS = {"Resize": (1, 2)}
-_CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
-# A product with at most this many columns decodes (an expectation over bins); wider is a layer.
-_MAX_DECODED_COLUMNS = 4
 _HALF = np.finfo(np.float16)
 
 
@@ -67,7 +49,7 @@ def cast_file_to_fp16(source: Path, target: Path) -> None:
         BackendUnavailableError: The package onnx is not installed.
         EngineBuildError: The graph cannot be cast.
     """
-    _require_onnx()
+    require_packages("onnx")
     import onnx
 
     try:
@@ -94,17 +76,9 @@ def to_fp16(model: "onnx.ModelProto") -> "onnx.ModelProto":
         ValueError: The graph holds control flow, or float16 tensors already.
         BackendUnavailableError: The package onnx is not installed.
     """
-    _require_onnx()
+    typed = plain_copy(model)
     import onnx
-    import onnx.inliner
 
-    typed = onnx.ModelProto()
-    typed.CopyFrom(model)
-    if typed.functions:
-        typed = onnx.inliner.inline_local_functions(typed)
-    if flow := sorted({n.op_type for n in typed.graph.node if n.op_type in _CONTROL_FLOW}):
-        raise ValueError(f"expected a graph without control flow, got {flow}")
-    _constants_to_initializers(onnx, typed.graph)
     _Caster(onnx, typed).cast()
     # Strict inference is the check that no operator reads two float types at once.
     return onnx.shape_inference.infer_shapes(typed, check_type=True, strict_mode=True)
@@ -119,7 +93,9 @@ class _Caster:
         self._graph = model.graph
         self._floats = self._float_tensors(model)
         self._weights = {i.name: i for i in self._graph.initializer if i.name in self._floats}
-        self._fp32_nodes = self._answer_nodes() | {
+        self._index = GraphIndex(model.graph)
+        decoding, _ = self._index.split_at_last_layers()
+        self._fp32_nodes = decoding | {
             i for i, n in enumerate(self._graph.node) if n.op_type in _FP32_OPERATORS
         }
         self._follow_fp32_forward()
@@ -148,33 +124,12 @@ class _Caster:
             raise ValueError(f"expected a float32 graph, got float16 tensors: {halves[:3]}")
         return {n for n, t in types.items() if t == self._fp32}
 
-    def _answer_nodes(self) -> set[int]:
-        """Nodes between the last layers and the answer."""
-        producers = {o: i for i, n in enumerate(self._graph.node) for o in n.output}
-        reached: set[int] = set()
-        waiting: list[str] = list(ANSWER_NAMES)
-        while waiting:
-            index = producers.get(waiting.pop())
-            if index is None or index in reached:
-                continue
-            node = self._graph.node[index]
-            if not self._is_layer(node) or set(node.output) & FP32_NAMES:
-                reached.add(index)
-                waiting.extend(node.input)
-        return reached
-
-    def _is_layer(self, node: "onnx.NodeProto") -> bool:
-        weight = self._weights.get(node.input[1]) if len(node.input) > 1 else None
-        if node.op_type in ("Gemm", "MatMul") and weight is not None:
-            return len(weight.dims) > 1 and min(weight.dims) > _MAX_DECODED_COLUMNS
-        return node.op_type in _LAYERS
-
     def _follow_fp32_forward(self) -> None:
         """What reads nothing but FP32 stays FP32 up to the next layer; a norm divides in FP32."""
         fp32 = {v.name for v in self._graph.input if v.name in FP32_NAMES}
         for index, node in enumerate(self._graph.node):
             read = [n in fp32 for n in node.input if n in self._floats and n not in self._weights]
-            stays = read and all(read) and not self._is_layer(node)
+            stays = read and all(read) and not self._index.is_layer(node)
             if stays or (node.op_type == "Div" and any(read)):
                 self._fp32_nodes.add(index)
             if index in self._fp32_nodes:
@@ -234,36 +189,9 @@ class _Caster:
         self._nodes.append(node)
 
 
-def _constants_to_initializers(onnx: Any, graph: "onnx.GraphProto") -> None:
-    """Turn float ``Constant`` nodes into initialisers of the same name."""
-    kept = []
-    for node in graph.node:
-        value = node.attribute[0] if node.op_type == "Constant" else None
-        if value is not None and value.name == "value":
-            graph.initializer.add().CopyFrom(value.t)
-        elif value is not None and value.name in ("value_float", "value_floats"):
-            content = value.f if value.name == "value_float" else list(value.floats)
-            array = np.asarray(content, np.float32)
-            graph.initializer.add().CopyFrom(onnx.numpy_helper.from_array(array))
-        else:
-            kept.append(node)
-            continue
-        graph.initializer[-1].name = node.output[0]
-    del graph.node[:]
-    graph.node.extend(kept)
-
-
 def _rounded(array: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     """Round to float16: finite values are clamped, infinities stay, none but zero becomes zero."""
     largest, smallest = float(_HALF.max), float(_HALF.smallest_subnormal)
     clamped = np.where(np.isinf(array), array, np.clip(array, -largest, largest))
     is_lost = (clamped != 0) & (np.abs(clamped) < smallest)
     return np.where(is_lost, np.copysign(smallest, clamped), clamped).astype(np.float16)
-
-
-def _require_onnx() -> None:
-    if importlib.util.find_spec("onnx") is None:
-        raise BackendUnavailableError(
-            "precision fp16: expected the package onnx, got none; "
-            'run: pip install "edgetrack[onnx]"'
-        )

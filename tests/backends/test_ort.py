@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from toy_bundle import SCORES, plain_search_region, write_toy_bundle
 
 from edgetrack.backends import get_backend, import_package, list_backends, ort
-from edgetrack.backends.ort import OnnxRuntimeBackend, cpu_name
+from edgetrack.backends.ort import PRECISION_PROPERTY, OnnxRuntimeBackend, cpu_name
 from edgetrack.bundle import Bundle, GraphSpec
 from edgetrack.errors import BackendUnavailableError, EngineBuildError, EngineError
 
@@ -189,18 +190,39 @@ def test_a_file_that_is_no_graph_is_refused(bundle: Bundle, tmp_path: Path) -> N
         backend.load(junk, bundle.template)
 
 
-@pytest.mark.parametrize(("precision", "reason"), [("fp16", "slower"), ("int8", "yet")])
-def test_other_precisions_are_refused_with_the_reason(
-    bundle: Bundle, tmp_path: Path, precision: str, reason: str
-) -> None:
+def test_other_precisions_are_refused_with_the_reason(bundle: Bundle, tmp_path: Path) -> None:
     backend = OnnxRuntimeBackend()
+    source = bundle.graph_path(bundle.template)
 
-    with pytest.raises(ValueError, match=f"^precision: expected 'fp32'.*{reason}"):
-        backend.key(model="toy", bundle_digest="0", precision=precision)
-    with pytest.raises(ValueError, match=f"^precision: expected 'fp32'.*{reason}"):
-        backend.compile(
-            bundle.graph_path(bundle.template), tmp_path / "t.onnx", precision=precision
-        )
+    with pytest.raises(ValueError, match=r"^precision: expected one of \('fp32', 'int8'\).*slower"):
+        backend.key(model="toy", bundle_digest="0", precision="fp16")
+    with pytest.raises(ValueError, match=r"^precision: expected one of \('fp32', 'int8'\).*slower"):
+        backend.compile(source, tmp_path / "t.onnx", precision="fp16")
+
+
+def test_a_graph_in_another_precision_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend()
+    source = bundle.graph_path(bundle.template)
+    quantized = onnx.load(source)
+    onnx.helper.set_model_props(quantized, {PRECISION_PROPERTY: "int8"})
+    onnx.save(quantized, tmp_path / "int8.onnx")
+
+    with pytest.raises(EngineBuildError, match="expected a graph in int8, got one in fp32; run"):
+        backend.compile(source, tmp_path / "engine.onnx", precision="int8")
+    with pytest.raises(EngineBuildError, match="expected a graph in fp32, got one in int8; run"):
+        backend.compile(tmp_path / "int8.onnx", tmp_path / "engine.onnx", precision="fp32")
+
+    assert not (tmp_path / "engine.onnx").exists()
+
+
+def test_an_int8_engine_is_the_quantised_graph_itself(bundle: Bundle, tmp_path: Path) -> None:
+    quantized = onnx.load(bundle.graph_path(bundle.template))
+    onnx.helper.set_model_props(quantized, {PRECISION_PROPERTY: "int8"})
+    onnx.save(quantized, tmp_path / "int8.onnx")
+
+    OnnxRuntimeBackend().compile(tmp_path / "int8.onnx", tmp_path / "engine.onnx", precision="int8")
+
+    assert (tmp_path / "engine.onnx").read_bytes() == (tmp_path / "int8.onnx").read_bytes()
 
 
 def test_key_names_compiler_and_cpu() -> None:

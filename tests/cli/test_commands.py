@@ -128,7 +128,7 @@ def test_track_keeps_what_it_tracked_of_a_video_that_is_cut_off(home: Path, tmp_
         (("track", "clip.mp4", "--bbox", "9,1,5,5", "--backend", "tensorrt"), 1, "tensorrt"),
         (("track", "clip.mp4", "--select"), 1, "display"),
         (("build", "nowhere"), 1, "expected a bundle"),
-        (("build", "toy", "--precision", "int8"), 1, "int8"),
+        (("build", "toy", "--precision", "int8"), 1, "edgetrack calibrate"),
         (("build", "toy", "--precision", "fp16"), 1, "slower"),
         (("inspect", "nowhere"), 1, "nothing"),
         (("eval", "nowhere"), 1, "no such folder"),

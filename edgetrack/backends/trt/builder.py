@@ -229,7 +229,8 @@ def _check_types(trt: Any, network: Any, job: BuildJob) -> None:
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     halves = [t.name for t in tensors if t.dtype == trt.DataType.HALF]
-    if bool(halves) != (job.precision == "fp16"):
+    # INT8 is Q/DQ in a graph that is cast to FP16.
+    if bool(halves) != (job.precision in ("fp16", "int8")):
         raise EngineBuildError(
             f"{job.onnx_path}: expected a graph cast to {job.precision}, got float16 tensors "
             f"{halves}; run: edgetrack build"

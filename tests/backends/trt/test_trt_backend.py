@@ -182,13 +182,13 @@ def test_the_key_of_tensorrt_rtx_is_of_a_portable_engine() -> None:
     assert key.folder_name.startswith(f"toy-fp16-tensorrt-rtx{key.backend_version}-portable-")
 
 
-def test_int8_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_another_precision_is_refused(tmp_path: Path) -> None:
     backend = TensorRTBackend("tensorrt-rtx")
 
-    with pytest.raises(ValueError, match=r"^precision: .* got 'int8'; INT8 cannot be built yet"):
-        backend.key(model="toy", bundle_digest="0", precision="int8")
-    with pytest.raises(ValueError, match=r"^precision: .* got 'int8'; INT8 cannot be built yet"):
-        backend.compile(tmp_path / "g.onnx", tmp_path / "g.plan", precision="int8")
+    with pytest.raises(ValueError, match=r"^precision: expected one of .* got 'fp8'; use fp16"):
+        backend.key(model="toy", bundle_digest="0", precision="fp8")
+    with pytest.raises(ValueError, match=r"^precision: expected one of .* got 'fp8'; use fp16"):
+        backend.compile(tmp_path / "g.onnx", tmp_path / "g.plan", precision="fp8")
 
 
 @needs_rtx

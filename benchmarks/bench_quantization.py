@@ -1,0 +1,311 @@
+"""INT8 on ONNX Runtime's CPU provider beside FP32: error, agreement, time, bytes, and AUC.
+
+    python benchmarks/bench_quantization.py DATA_ROOT [--track] [--calibrate-on OTHER_ROOT]
+
+On the same crops of DATA_ROOT: how far the boxes and uncertainties of every exit are from FP32's,
+how often the same exit is taken at the bundle's own operating point, how long each segment takes
+(engines take turns, in blocks), and how large the engines are. The rows, from the committed cache:
+ONNX Runtime's twin, the plain Q/DQ graph, and TensorRT's FP16 twin, run by ONNX Runtime; the first
+calibrated on OTHER_ROOT instead; and with ``--static`` ONNX Runtime's own ``quantize_static``.
+``rtx`` says whether TensorRT-RTX builds it. ``--track`` adds closed-loop AUC and ``update`` times.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from edgetrack.backends.ort import OnnxRuntimeBackend, cpu_name
+from edgetrack.boxes import cxcywh_to_xywh, iou_xywh
+from edgetrack.bundle import Bundle
+from edgetrack.data.sequences import Sequence, read_sequences
+from edgetrack.evaluate.exits import exit_shares, exits_taken
+from edgetrack.evaluate.metrics import mean_metrics
+from edgetrack.evaluate.protocols import evaluate_sequence
+from edgetrack.quantize.cache import CalibrationCache, find_cache
+from edgetrack.quantize.calibrate import GraphRun, calibrate, chain_states
+from edgetrack.quantize.int8 import quantize_bundle
+from edgetrack.runtime.buffers import allocate
+from edgetrack.runtime.recording import record_crops
+from edgetrack.tracker import Tracker
+
+RESULTS = Path(__file__).parent / "results"
+CALIBRATION = Path(__file__).parents[1] / "calibration"
+CROPS_PER_SEQUENCE = 25
+NUM_BLOCKS, BLOCK = 15, 20
+
+Models = Mapping[str, onnx.ModelProto]
+Crops = list[tuple[str, dict[str, Any]]]
+
+
+def crops_of(bundle: Bundle, sequences: Iterable[Sequence]) -> Crops:
+    """Some crops of every sequence, evenly spread."""
+    crops: Crops = []
+    for sequence in sequences:
+        start = sequence.boxes_xywh[0].tolist()
+        found = list(record_crops(bundle, sequence.frames(), start, name=sequence.name))
+        step = max(len(found) // CROPS_PER_SEQUENCE, 1)
+        crops += found[::step][:CROPS_PER_SEQUENCE]
+        print(f"\r{sequence.name:40s}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return crops
+
+
+def answers_of(bundle: Bundle, models: Models, crops: Crops) -> tuple[Any, Any]:
+    """Boxes ``(N, exits, 4)`` cxcywh and uncertainties ``(N, exits)``."""
+    runs = {name: GraphRun(model) for name, model in models.items()}
+    found = [s for _, graph, s in chain_states(bundle, runs, crops) if graph != "template"]
+    boxes = np.array([state["bbox_cxcywh"][0] for state in found])
+    uncertainty = np.array([state["uncertainty"][0] for state in found])
+    return (
+        boxes.reshape(-1, bundle.num_exits, 4),
+        uncertainty.reshape(-1, bundle.num_exits),
+    )
+
+
+def agreement(bundle: Bundle, got: tuple[Any, Any], expected: tuple[Any, Any]) -> dict[str, Any]:
+    """Per exit the IoU of boxes and the difference of uncertainty; over all, the exits taken."""
+    iou = iou_xywh(cxcywh_to_xywh(got[0]), cxcywh_to_xywh(expected[0]))
+    taken, wanted = (exits_taken(u, bundle.thresholds()) for u in (got[1], expected[1]))
+    return {
+        "iou_per_exit": iou.mean(0).tolist(),
+        "iou_5_percent_per_exit": np.quantile(iou, 0.05, axis=0).tolist(),
+        "uncertainty_difference_per_exit": np.abs(got[1] - expected[1]).mean(0).tolist(),
+        "exit_agreement": float((taken == wanted).mean()),
+        "exit_shares": exit_shares(taken, num_exits=bundle.num_exits).tolist(),
+    }
+
+
+def engines_of(bundle: Bundle, models: Models, folder: Path) -> dict[str, Any]:
+    """Engines as the backend builds and loads them, and their size."""
+    backend = OnnxRuntimeBackend()
+    loaded, size = [], 0
+    for graph in bundle.graphs:
+        model = models[graph.name]
+        is_ours = any(prop.key == "edgetrack.precision" for prop in model.metadata_props)
+        onnx.save(model, folder / "graph.onnx")
+        backend.compile(
+            folder / "graph.onnx", folder / "engine.onnx", precision="int8" if is_ours else "fp32"
+        )
+        size += (folder / "engine.onnx").stat().st_size
+        loaded.append(backend.load(folder / "engine.onnx", graph))
+    return {"engines": loaded, "bytes": size}
+
+
+def segment_ms(bundle: Bundle, rows: Mapping[str, Any], crop: dict[str, Any]) -> None:
+    """Median time of each graph, rows in turn, in blocks: in each, the first two runs warm up."""
+    times: dict[str, list[list[float]]] = {name: [[] for _ in bundle.graphs] for name in rows}
+    buffers = {name: allocate(bundle) for name in rows}
+    for name, row in rows.items():
+        for tensor, values in crop.items():
+            buffers[name][tensor][...] = values
+        for engine in row["engines"]:
+            engine.bind(buffers[name])
+            engine.enqueue()
+    for _ in range(NUM_BLOCKS):
+        for name, row in rows.items():
+            for engine, of_graph in zip(row["engines"], times[name], strict=True):
+                of_graph += _timed(engine.enqueue)[2:]
+    for name, row in rows.items():
+        row["ms_per_graph"] = [statistics.median(t) for t in times[name]]
+
+
+def _timed(run: Callable[[], None]) -> list[float]:
+    times = []
+    for _ in range(BLOCK + 2):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def static_quantisation(bundle: Bundle, crops: Crops, *, signed: bool) -> Models:
+    """ONNX Runtime's ``quantize_static`` of layers alone, per channel, on some of the crops."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    floats = {g.name: onnx.load(bundle.graph_path(g)) for g in bundle.graphs}
+    feeds: dict[str, list[Any]] = {name: [] for name in floats}
+    runs = {name: GraphRun(model) for name, model in floats.items()}
+    for _, graph, state in chain_states(bundle, runs, crops[::8]):
+        feeds[graph].append({v.name: state[v.name] for v in floats[graph].graph.input})
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
+        def __init__(self, of_graph: list[Any]) -> None:
+            self._rest = iter(of_graph)
+
+        def get_next(self) -> Any:
+            return next(self._rest, None)
+
+    models = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in floats:
+            path = Path(folder) / f"{name}.onnx"
+            quantize_static(
+                bundle.path / f"{name}.onnx",
+                path,
+                Reader(feeds[name]),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+                per_channel=True,
+                activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={
+                    "ActivationSymmetric": signed,
+                    "WeightSymmetric": True,
+                    "QuantizeBias": not signed,
+                },
+            )
+            models[name] = onnx.load(path)
+    return models
+
+
+def is_built_by_rtx(models: Models) -> str:
+    """Whether TensorRT-RTX parses and builds all graphs; else what it says first."""
+    try:
+        import tensorrt_rtx as trt
+    except ImportError:
+        return "not installed"
+    log = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    for name, model in models.items():
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse(model.SerializeToString()):
+            return f"{name}: {parser.get_error(0).desc()}"
+        if builder.build_serialized_network(network, builder.create_builder_config()) is None:
+            return f"{name}: not built"
+    return "yes"
+
+
+def track(bundle: Bundle, models: Models, sequences: list[Sequence]) -> dict[str, Any]:
+    """Closed loop at the default operating point, FP32 and INT8 in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
+        for name, model in models.items():
+            onnx.save(model, Path(folder) / f"{name}.onnx")
+        quantized = dataclasses.replace(bundle, path=Path(folder)).write()
+        trackers = {
+            name: Tracker(source, backend="onnxruntime", engines=folder)
+            for name, source in (("fp32", bundle), ("int8", quantized))
+        }
+    found: dict[str, list[Any]] = {name: [] for name in trackers}
+    for sequence in sequences:
+        for name, tracker in trackers.items():
+            found[name].append(evaluate_sequence(tracker, sequence))
+        print(f"\r{sequence.name:40s}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    report: dict[str, Any] = {}
+    for name, results in found.items():
+        rows = [row for result in results for row in result.rows[1:]]
+        latencies = np.array([row.latency_ms for row in rows])
+        exits = np.array([row.exit_index for row in rows])
+        report[name] = {
+            **dataclasses.asdict(mean_metrics([result.metrics for result in results])),
+            "auc_per_sequence": {r.name: r.metrics.success_auc for r in results},
+            "update_ms": {f"p{q}": float(np.percentile(latencies, q)) for q in (10, 50, 90)},
+            "exit_shares": exit_shares(exits, num_exits=bundle.num_exits).tolist(),
+        }
+    return report
+
+
+def rows_of(bundle: Bundle, crops: Crops, args: argparse.Namespace) -> dict[str, Models]:
+    """What is compared, by name; FP32 comes first."""
+    path = args.cache or find_cache(bundle, CALIBRATION)
+    cache = CalibrationCache.read(path)
+    rows: dict[str, Models] = {
+        "fp32": {g.name: onnx.load(bundle.graph_path(g)) for g in bundle.graphs},
+        "int8": quantize_bundle(bundle, cache, runtime="onnxruntime"),
+        "int8, Q/DQ graph": quantize_bundle(bundle, cache),
+        "int8, FP16 twin": quantize_bundle(bundle, cache, runtime="tensorrt"),
+    }
+    if args.calibrate_on is not None:
+        seen = crops_of(bundle, read_sequences(args.calibrate_on))
+        other = calibrate(bundle, seen, method=cache.method, smoothing=cache.smoothing)
+        rows["int8, calibrated on real videos"] = quantize_bundle(
+            bundle, other, runtime="onnxruntime"
+        )
+    if args.static:
+        rows["quantize_static, uint8"] = static_quantisation(bundle, crops, signed=False)
+        rows["quantize_static, int8"] = static_quantisation(bundle, crops, signed=True)
+    return rows
+
+
+def main() -> None:
+    args = _arguments()
+    bundle = Bundle.load(args.bundle)
+    sequences = read_sequences(args.root)
+    crops = crops_of(bundle, sequences)
+    models = rows_of(bundle, crops, args)
+    expected = answers_of(bundle, models["fp32"], crops)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, of_row in models.items():
+        print(f"\r{name:40s}", end="", file=sys.stderr)
+        rows[name] = agreement(bundle, answers_of(bundle, of_row, crops), expected)
+        if name != "fp32":
+            rows[name]["rtx"] = is_built_by_rtx(of_row)
+    with tempfile.TemporaryDirectory() as folder:
+        timed = {n: m for n, m in models.items() if "twin" not in n and "real" not in n}
+        engines = {name: engines_of(bundle, m, Path(folder)) for name, m in timed.items()}
+        segment_ms(bundle, engines, crops[0][1])
+    for name, row in engines.items():
+        rows[name] |= {"bytes": row["bytes"], "ms_per_graph": row["ms_per_graph"]}
+    report = {
+        "device": f"{cpu_name()}, one thread",
+        "bundle": bundle.name,
+        "digest": bundle.digest,
+        "num_crops": len(crops),
+        "graphs": [graph.name for graph in bundle.graphs],
+        "rows": rows,
+    }
+    if args.track:
+        report["closed_loop"] = track(bundle, models["int8"], list(sequences))
+    args.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    _show(report)
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    print(f"\n{'':32s} IoU per exit          agree  ms per graph                 MB    rtx")
+    for name, row in report["rows"].items():
+        iou = " ".join(f"{v:.4f}" for v in row["iou_per_exit"])
+        times = " ".join(f"{v:6.2f}" for v in row.get("ms_per_graph", []))
+        size = f"{row['bytes'] / 1e6:6.2f}" if "bytes" in row else ""
+        print(
+            f"{name:32s} {iou}  {row['exit_agreement']:.4f} {times:28s} {size:6s} "
+            f"{row.get('rtx', '')[:60]}"
+        )
+    for name, found in report.get("closed_loop", {}).items():
+        times = ", ".join(f"{k} {v:.2f}" for k, v in found["update_ms"].items())
+        print(f"{name}: AUC {found['success_auc']:.4f}, update {times} ms, {found['exit_shares']}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--calibrate-on", type=Path)
+    parser.add_argument("--static", action="store_true")
+    parser.add_argument("--track", action="store_true")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "quantization-cpu-onnxruntime-int8.json"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

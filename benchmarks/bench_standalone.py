@@ -24,6 +24,7 @@ from edgetrack.data.sequences import read_sequences
 from edgetrack.errors import EdgeTrackError
 from edgetrack.evaluate.metrics import bootstrap_interval
 from edgetrack.runtime.policies import ExitPolicy
+from edgetrack.runtime.target import TargetRules
 from edgetrack.train.recipes import Recipe, get_recipe
 
 
@@ -45,18 +46,20 @@ def recipe(args: argparse.Namespace, seed: int) -> Recipe:
     )
 
 
-def aucs_of_exit_0(path: Path, sequences: list[Any]) -> np.ndarray:
-    """Success AUC of each sequence, always with exit 0."""
+def aucs_of_exit_0(path: Path, sequences: list[Any], rules: TargetRules) -> np.ndarray:
+    """Success AUC of each sequence, always with exit 0, by the same rules for all."""
     bundle = Bundle.load(path)
     policy = ExitPolicy.fixed(0, num_exits=bundle.num_exits)
-    return np.array([r.metrics.success_auc for r in score(bundle, policy, sequences)])
+    results = score(bundle, policy, sequences, rules=rules)
+    return np.array([r.metrics.success_auc for r in results])
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, score, print, write."""
     sequences = list(read_sequences(args.sequences))
     start = Bundle.load(args.bundle)
-    within = aucs_of_exit_0(start.path, sequences)
+    rules = TargetRules.of(start.rules)
+    within = aucs_of_exit_0(start.path, sequences, rules)
     print(f"within {start.name}: AUC of exit 0 {within.mean():.3f}", flush=True)
     alone = []
     for seed in args.seeds:
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             label=f"exit 0 alone, seed {seed}",
             start=start,
         )
-        alone.append(aucs_of_exit_0(path, sequences))
+        alone.append(aucs_of_exit_0(path, sequences, rules))
         print(f"alone, seed {seed}: {alone[-1].mean():.3f}", flush=True)
     differences = within - np.mean(alone, 0)
     low, high = bootstrap_interval(differences, seed=0)

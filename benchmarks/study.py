@@ -13,6 +13,7 @@ from edgetrack.data.sequences import Sequence as LabelledSequence
 from edgetrack.evaluate.protocols import SequenceResult, evaluate_sequence
 from edgetrack.export import export_bundle
 from edgetrack.runtime.policies import ExitPolicy
+from edgetrack.runtime.target import TargetRules
 from edgetrack.train.recipes import Recipe
 from edgetrack.train.run import run_recipe
 
@@ -81,10 +82,14 @@ def train_and_export(
 
 
 def score(
-    bundle: Bundle, policy: ExitPolicy, sequences: Sequence[LabelledSequence]
+    bundle: Bundle,
+    policy: ExitPolicy,
+    sequences: Sequence[LabelledSequence],
+    *,
+    rules: TargetRules | None = None,
 ) -> list[SequenceResult]:
-    """Track every sequence in closed loop, on one thread."""
-    with edgetrack.Tracker(bundle, exit_policy=policy, num_threads=1) as tracker:
+    """Track every sequence in closed loop, on one thread; by the bundle's own rules or others."""
+    with edgetrack.Tracker(bundle, exit_policy=policy, rules=rules, num_threads=1) as tracker:
         return [evaluate_sequence(tracker, sequence) for sequence in sequences]
 
 

@@ -109,10 +109,10 @@ def test_a_correlation_is_no_attention(shipped_bundle: Bundle) -> None:
 
 def test_dense_convolutions_are_int8_and_small_ones_are_not() -> None:
     assert conv_of(zeros(64, 64, 3, 3), side=16).reason == ""
-    assert conv_of(zeros(256, 256, 1, 1), side=16).reason == ""
+    assert conv_of(zeros(512, 512, 1, 1), side=8).reason == ""
     small = "too few products for what it reads and writes"
     assert conv_of(zeros(64, 64, 3, 3), side=4).reason == small  # little work
-    assert conv_of(zeros(64, 64, 1, 1), side=64).reason == small  # much to convert
+    assert conv_of(zeros(256, 256, 1, 1), side=64).reason == small  # much to convert
     assert "grouped" in conv_of(zeros(64, 32, 3, 3), side=32, group=2).reason
     assert conv_of(zeros(8, 256, 3, 3)).reason == "fewer than 16 channels"
 

@@ -11,14 +11,14 @@ from edgetrack.quantize.int8 import quantize_bundle
 from edgetrack.quantize.sensitivity import keep_worst_in_float, rank_layers
 
 NamedCrops = list[tuple[str, dict[str, Any]]]
-BAD = "segment_2/exits.2.refine.0"
+BAD = "segment_2/backbone.blocks.4.mlp.fc1"
 
 
 @pytest.fixture(scope="module")
 def clipping(cache: CalibrationCache) -> CalibrationCache:
     """A cache that clips nearly all of what one layer reads."""
     ranges = {graph: dict(of_graph) for graph, of_graph in cache.ranges.items()}
-    ranges["segment_2"]["view_6"] /= 50
+    ranges["segment_2"]["layer_norm_3"] /= 50
     return dataclasses.replace(cache, ranges=ranges)
 
 
@@ -42,8 +42,8 @@ def test_the_layer_that_suffers_most_comes_first(ranked: CalibrationCache) -> No
 def test_every_int8_layer_is_ranked(shipped_bundle: Bundle, ranked: CalibrationCache) -> None:
     quantized = quantize_bundle(shipped_bundle, ranked)
 
-    assert len(ranked.losses) == 38
-    assert sum(operators_of(m).count("QuantizeLinear") for m in quantized.values()) == 38
+    assert len(ranked.losses) == 32
+    assert sum(operators_of(m).count("QuantizeLinear") for m in quantized.values()) == 32
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_the_worst_are_kept_in_float_until_the_budget_holds(
 
     assert kept.float_layers == (BAD,)
     quantized = quantize_bundle(shipped_bundle, kept)["segment_2"]
-    assert operators_of(quantized).count("QuantizeLinear") == 13
+    assert operators_of(quantized).count("QuantizeLinear") == 12
 
 
 @pytest.mark.slow

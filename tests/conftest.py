@@ -1,10 +1,14 @@
 """Fixtures that several test files share."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from edgetrack.bundle import Bundle
+
+# A shell starts background jobs with Ctrl-C ignored, and every process below would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA_PACK = Path(__file__).parents[2] / "shared" / "data"
 

@@ -7,7 +7,8 @@ how often the same exit is taken at the bundle's own operating point, how long e
 (engines take turns, in blocks), and how large the engines are. The rows, from the committed cache:
 ONNX Runtime's twin, the plain Q/DQ graph, and TensorRT's FP16 twin, run by ONNX Runtime; the first
 calibrated on OTHER_ROOT instead; and with ``--static`` ONNX Runtime's own ``quantize_static``.
-``rtx`` says whether TensorRT-RTX builds it. ``--track`` adds closed-loop AUC, from several starts, and ``update`` times.
+``rtx`` says whether TensorRT-RTX builds it. ``--track`` adds closed-loop AUC, from several starts,
+and ``update`` times.
 """
 
 import argparse

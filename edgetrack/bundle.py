@@ -230,7 +230,8 @@ class Bundle:
         Returns:
             The bundle with its hashes filled in.
         """
-        names = sorted(f.name for f in self.path.iterdir() if MANIFEST_NAME not in f.name)
+        files = (f.name for f in self.path.iterdir() if f.is_file())
+        names = sorted(name for name in files if MANIFEST_NAME not in name)
         bundle = dataclasses.replace(self, files={n: sha256_of(self.path / n) for n in names})
         _check(bundle)
         manifest = dataclasses.asdict(bundle)

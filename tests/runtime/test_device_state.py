@@ -99,7 +99,7 @@ class LongWinded(ExitPolicy):
     [
         (ExitPolicy((0.5,)), 3, ValueError, "expected 2 thresholds, got 1"),
         (ExitPolicy((0.5,) * 9), 10, ValueError, "expected at most 9 on a device, got 10"),
-        (LongWinded((0.5,)), 2, TypeError, "got a should_exit of LongWinded; let the host"),
+        (LongWinded((0.5,)), 2, TypeError, "got a should_exit of LongWinded; make the tracker"),
     ],
 )
 def test_a_policy_that_the_device_cannot_follow_is_refused(

@@ -47,8 +47,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def train(name: str, changes: dict[str, Any], args: argparse.Namespace) -> Path:
     """Train and export one variant, unless that was done."""
     stages = (
-        Stage(samples=args.samples, learning_rate=1e-3, frozen_stem_share=1.0),
-        Stage(samples=args.samples // 4, learning_rate=1e-3),
+        Stage(
+            objective="final_exit",
+            samples=args.samples,
+            learning_rate=1e-3,
+            frozen_stem_share=1.0,
+        ),
+        Stage(objective="shallow_exits", samples=args.samples // 4, learning_rate=1e-3),
     )
     recipe = dataclasses.replace(
         get_recipe("early_exit_vit-tiny"), name=slug(name), model_config=changes, stages=stages

@@ -38,6 +38,9 @@ def train(
     start: Annotated[
         Path | None, typer.Option("--from", help="Bundle whose weights to start from")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Bundle to learn from, for recipes that have a teacher")
+    ] = None,
     pseudo_tracks: Annotated[
         Path | None, typer.Option(help="Tracks that edgetrack pseudolabel made")
     ] = None,
@@ -47,7 +50,7 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's")] = None,
     samples: Annotated[
-        str | None, typer.Option(help="Pairs of stage 1 and stage 2 instead of the recipe's: N,M")
+        str | None, typer.Option(help="Pairs of each stage instead of the recipe's: N,M")
     ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that share each batch (one GPU or core each)")
@@ -56,7 +59,7 @@ def train(
         bool, typer.Option("--compile", help="Compile the step with torch.compile; for GPUs")
     ] = False,
 ) -> None:
-    """Train a model in two stages; the same command resumes an interrupted run.
+    """Train a model; the same command resumes an interrupted run.
 
     Example: edgetrack train early_exit_vit-tiny --data data/train --processes 2
     """
@@ -84,6 +87,7 @@ def train(
     if stem is not None and not stem.is_file():
         raise typer.BadParameter(f"expected a file, got {stem}", param_hint="--stem")
     start_bundle = None if start is None else Bundle.load(start)
+    teacher_bundle = None if teacher is None else Bundle.load(teacher)
     if processes > 1 and "RANK" not in os.environ:
         _relaunch(processes)
     folder = output or Path("runs") / recipe
@@ -111,6 +115,7 @@ def train(
                 folder,
                 stem=stem,
                 start=start_bundle,
+                teacher=teacher_bundle,
                 pseudo_tracks=pseudo_tracks,
                 is_compiled=is_compiled,
                 on_reading=show_reading,
@@ -239,16 +244,15 @@ def _parse_mix(text: str) -> dict[str, float]:
         ) from None
 
 
-def _with_samples(stages: "tuple[Stage, Stage]", text: str) -> "tuple[Stage, Stage]":
+def _with_samples(stages: "tuple[Stage, ...]", text: str) -> "tuple[Stage, ...]":
     try:
-        first, second = (int(v) for v in text.split(","))
-        return (
-            dataclasses.replace(stages[0], samples=first),
-            dataclasses.replace(stages[1], samples=second),
-        )
+        pairs = zip(stages, (int(v) for v in text.split(",")), strict=True)
+        return tuple(dataclasses.replace(stage, samples=samples) for stage, samples in pairs)
     except ValueError:
         raise typer.BadParameter(
-            f"expected two whole numbers of at least 1, N,M, got {text!r}", param_hint="--samples"
+            f"expected {len(stages)} whole numbers of at least 1, one per stage, such as "
+            f"{','.join(str(s.samples) for s in stages)}, got {text!r}",
+            param_hint="--samples",
         ) from None
 
 

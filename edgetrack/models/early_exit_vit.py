@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from edgetrack.bundle import CropSpec
+from edgetrack.models.general_distribution import GeneralDistributionModel
 from edgetrack.models.heads import (
     BypassBranch,
     GeneralDistributionHead,
-    decode_answer,
     hann_window,
     search_grid,
 )
@@ -48,7 +48,7 @@ from edgetrack.models.layers import (
     box_coverage,
     normalise,
 )
-from edgetrack.models.segmented import SegmentedModel, State
+from edgetrack.models.segmented import State
 
 __all__ = ["CONFIGS", "EarlyExitViT", "EarlyExitViTConfig", "create"]
 
@@ -326,7 +326,7 @@ class FineExit(nn.Module):
         return maps
 
 
-class EarlyExitViT(SegmentedModel):
+class EarlyExitViT(GeneralDistributionModel):
     """One-stream ViT tracker that may stop after any of its segments.
 
     Args:
@@ -349,6 +349,8 @@ class EarlyExitViT(SegmentedModel):
             search_size_px=config.search_size_px,
             search_factor=config.search_factor,
         )
+        if config.stem == "patch":
+            self.pretrained = ("backbone.",)
         self.backbone = Backbone(config)
         self.correlation: CorrelationPrior | None = None
         skip_channels = 0
@@ -374,7 +376,7 @@ class EarlyExitViT(SegmentedModel):
         )
         window = hann_window(config.search_size_px // 16 * config.head_upsample)
         self.register_buffer("window", window, persistent=False)
-        self.window: Tensor
+        self.bin_size = config.bin_size
 
     @property
     def config_dict(self) -> dict[str, Any]:
@@ -440,16 +442,9 @@ class EarlyExitViT(SegmentedModel):
         logits = self.exits[index](tokens, state.get("fine_features"))
         return logits
 
-    def run_segment(self, index: int, state: Mapping[str, Tensor]) -> State:
-        """Run the blocks of one segment and its exit."""
-        written = self.run_trunk(index, state)
-        cls_logits, edge_logits = self.exit_logits(index, {**state, **written})
-        answer = decode_answer(
-            cls_logits, edge_logits, window=self.window, bin_size=self.config.bin_size
-        )
-        if index == self.num_exits - 1:
-            return answer
-        return written | answer
+    def stem_requires_grad(self, is_trained: bool) -> None:
+        """Freeze a ``shuffle`` stem, or let it learn; a ``patch`` trunk has none to freeze."""
+        self.backbone.stem_requires_grad(is_trained)
 
     @property
     def _first_with_blocks(self) -> int:

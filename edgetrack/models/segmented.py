@@ -25,12 +25,15 @@ class SegmentedModel(nn.Module):
         paper: Title, venue, identifier.
         crops: Crop sizes and factors.
         num_exits: Number of segments.
+        pretrained: Prefixes of the parameters that start from published weights, and so learn at a
+            lower rate.
     """
 
     family: ClassVar[str]
     paper: ClassVar[str]
     crops: CropSpec
     num_exits: int
+    pretrained: tuple[str, ...] = ("backbone.stem.",)
 
     @property
     def config_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The training loop: two stages, checkpoints, resuming, one or several processes.
+"""The training loop: stages, checkpoints, resuming, one or several processes.
 
 A run is a folder: ``checkpoint.pt`` (all that resuming needs, written whole or not at all),
 ``log.jsonl`` (a line per report), ``recipe.json``. Pair ``i`` depends on the seed and ``i`` alone,
@@ -28,18 +28,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgetrack.errors import TrainingError
-from edgetrack.models.early_exit_vit import EarlyExitViT
+from edgetrack.models.segmented import SegmentedModel
 from edgetrack.train.checkpoints import (
     checkpoint_fits,
     find_checkpoint,
     read_checkpoint,
     write_checkpoint,
 )
-from edgetrack.train.losses import distillation_loss, tracking_loss
-from edgetrack.train.recipes import Recipe, Stage, create_early_exit_vit
+from edgetrack.train.objectives import OBJECTIVES, Objective
+from edgetrack.train.recipes import Recipe, Stage, create_changed_model
 from edgetrack.train.sampling import PairSampler
 
-__all__ = ["Progress", "fit", "freeze_for_stage_2", "load_trained"]
+__all__ = ["Progress", "fit", "load_trained"]
 
 LOG_NAME = "log.jsonl"
 _GPU_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -50,7 +50,7 @@ class Progress:
     """Where a run is.
 
     Attributes:
-        stage: 1 or 2.
+        stage: From 1.
         step: Steps done in this stage.
         num_steps: Steps of this stage.
         samples: Pairs seen in this stage.
@@ -68,79 +68,25 @@ class Progress:
     terms: Mapping[str, float]
 
 
-class _Stage1(nn.Module):
-    """Task loss of the final head; the shallow exits are not run."""
-
-    def __init__(self, model: EarlyExitViT, recipe: Recipe) -> None:
-        super().__init__()
-        self.model, self.recipe = model, recipe
-
-    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        state = _run_trunk(self.model, batch)
-        return _task_loss(self.model, self.model.num_exits - 1, state, batch, self.recipe)
-
-
-class _Stage2(nn.Module):
-    """Task and distillation losses of the shallow exits; the trunk and final head are frozen."""
-
-    def __init__(self, model: EarlyExitViT, recipe: Recipe) -> None:
-        super().__init__()
-        self.model, self.recipe = model, recipe
-
-    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        model, last = self.model, self.model.num_exits - 1
-        with torch.no_grad():
-            state = _run_trunk(model, batch)
-            teacher_cls, teacher_edges = model.exit_logits(last, state)
-        total = torch.zeros((), device=teacher_cls.device)
-        log: dict[str, Tensor] = {}
-        for index in range(last):
-            logits = model.exit_logits(index, state)
-            loss, terms = _task_loss(model, index, state, batch, self.recipe, logits)
-            distil = distillation_loss(
-                *logits,
-                teacher_cls_logits=teacher_cls,
-                teacher_edge_logits=teacher_edges,
-                bbox_cxcywh=batch["search_bbox_cxcywh"],
-                is_present=batch["is_present"],
-                weights=self.recipe.loss_weights,
-            )
-            total = total + loss + distil
-            log |= terms | {f"distil_{index}": distil.detach()}
-        return total, log
-
-
-def freeze_for_stage_2(model: EarlyExitViT) -> list[nn.Parameter]:
-    """Freeze all but the shallow exits, batch-norm statistics included.
-
-    Returns:
-        The parameters that stage 2 trains. Everything else keeps its bits.
-    """
-    model.eval().requires_grad_(False)
-    trained: list[nn.Parameter] = []
-    for path in model.exits[:-1]:
-        path.train().requires_grad_(True)
-        trained += path.parameters()
-    return trained
-
-
 def fit(
     recipe: Recipe,
-    sampler_of: Callable[[int, int, torch.device], PairSampler],
+    sampler_of: Callable[[int, Stage, torch.device], PairSampler],
     output: Path,
     *,
-    initial: Callable[[EarlyExitViT], None] | None = None,
+    teacher: SegmentedModel | None = None,
+    initial: Callable[[SegmentedModel], None] | None = None,
     is_compiled: bool = False,
     checkpoint_every_s: float = 120.0,
     report_every: int = 20,
     on_progress: Callable[[Progress], None] | None = None,
-) -> EarlyExitViT:
+) -> SegmentedModel:
     """Train a model, or go on with a run that was interrupted.
 
     Args:
         recipe: What to train.
-        sampler_of: ``(seed, batch_size, device)`` → pairs of a stage.
+        sampler_of: ``(seed, stage, device)`` → pairs of a stage.
         output: Folder of the run; if it holds a checkpoint of the same recipe, the run goes on.
+        teacher: A model to learn from, for objectives that have one; it is frozen.
         initial: Called once on the fresh model, to load weights to start from.
         is_compiled: Compile the step: minutes at first, then faster on a GPU (not on a CPU).
         checkpoint_every_s: Seconds between checkpoints.
@@ -153,6 +99,7 @@ def fit(
     Raises:
         CheckpointError: ``output`` holds a run of another recipe, or a damaged one.
         TrainingError: The loss is not a finite number; the last checkpoint stays.
+        ValueError: There is no such objective, or one cannot train this model.
         KeyboardInterrupt: Passed on after a checkpoint was written.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -167,13 +114,15 @@ def fit(
     (output / "recipe.json").write_text(json.dumps(described, indent=1), "utf-8")
     if not dist.is_initialized() or dist.get_rank() == 0:
         _drop_unsaved(output / LOG_NAME, saved)
-    # A model with one exit has no shallow ones for the second stage.
-    stages = recipe.stages if model.num_exits > 1 else recipe.stages[:1]
-    for number, stage in enumerate(stages, 1):
-        if saved is not None and saved["stage"] > number:
+    if teacher is not None:
+        teacher.to(device).eval().requires_grad_(False)
+    for number, stage in enumerate(recipe.stages, 1):
+        kind = _objective_of(stage)
+        if (saved is not None and saved["stage"] > number) or not kind.is_needed(model):
             continue
-        run = _StageRun(recipe, stage, number, model, output, described)
-        sampler = sampler_of(recipe.seed + number, stage.batch_size, device)
+        objective = kind(model, recipe, teacher)
+        run = _StageRun(objective, stage, number, output, described)
+        sampler = sampler_of(recipe.seed + number, stage, device)
         if saved is not None and saved["stage"] == number:
             run.restore(saved)  # last of all: what comes before may draw random numbers
         saved = None
@@ -188,7 +137,7 @@ def fit(
     return model.eval().cpu()
 
 
-def load_trained(path: Path) -> EarlyExitViT:
+def load_trained(path: Path) -> SegmentedModel:
     """The model of a finished or interrupted run, with averaged weights, in eval mode.
 
     Args:
@@ -200,7 +149,7 @@ def load_trained(path: Path) -> EarlyExitViT:
     saved = read_checkpoint(path)
     recipe = saved["recipe"]
     with checkpoint_fits(path):
-        model = create_early_exit_vit(recipe["model"], recipe["model_config"])
+        model = create_changed_model(recipe["model"], recipe["model_config"])
         model.load_state_dict(saved["average"])
     return model.eval()
 
@@ -210,26 +159,19 @@ class _StageRun:
 
     def __init__(
         self,
-        recipe: Recipe,
+        objective: Objective,
         stage: Stage,
         number: int,
-        model: EarlyExitViT,
         output: Path,
         described: Mapping[str, Any],
     ) -> None:
-        self.recipe, self.stage, self.number = recipe, stage, number
-        self.model, self.output, self.described = model, output, described
-        if number == 1:
-            model.train()
-            for path in model.exits[:-1]:
-                path.requires_grad_(False)
-            self.objective: nn.Module = _Stage1(model, recipe)
-        else:
-            freeze_for_stage_2(model)
-            self.objective = _Stage2(model, recipe)
-        self.average = copy.deepcopy(model).eval()
-        self.optimizer = _optimizer(model, stage)
-        self.device = next(model.parameters()).device
+        self.objective, self.stage, self.number = objective, stage, number
+        self.model: SegmentedModel = objective.model
+        self.output, self.described = output, described
+        objective.prepare()
+        self.average = copy.deepcopy(self.model).eval()
+        self.optimizer = _optimizer(self.model, stage)
+        self.device = next(self.model.parameters()).device
         self.step = 0
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -316,18 +258,20 @@ class _StageRun:
 
     def _update(self, objective: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stage = self.stage
-        rise = min(1.0, (self.step + 1) / stage.warmup_steps)
+        # A short run must not spend its time on the rise.
+        warmup_steps = min(stage.warmup_steps, max(stage.num_steps // 5, 1))
+        rise = min(1.0, (self.step + 1) / warmup_steps)
         fall = 0.5 * (1 + math.cos(math.pi * self.step / stage.num_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rise * (0.02 + 0.98 * fall)
-        self.model.backbone.stem_requires_grad(
-            self.number == 1 and self.step >= stage.frozen_stem_share * stage.num_steps
-        )
+        self.objective.before_step(self.step / stage.num_steps, stage)
         device_type = self.device.type
         # The flash kernel's backward pass is slow on CPUs at these sizes.
         kernels = [SDPBackend.MATH] if device_type == "cpu" else list(_GPU_KERNELS)
         with sdpa_kernel(kernels):
-            with torch.autocast(device_type, torch.bfloat16, enabled=self.recipe.autocast):
+            with torch.autocast(
+                device_type, torch.bfloat16, enabled=self.objective.recipe.autocast
+            ):
                 loss: Tensor
                 log: dict[str, Tensor]
                 loss, log = objective(batch)
@@ -449,46 +393,28 @@ def _drop_unsaved(log: Path, saved: Mapping[str, Any] | None) -> None:
     log.write_text("".join(kept), "utf-8")
 
 
-def _run_trunk(model: EarlyExitViT, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = model.embed_template(batch["template"], batch["template_bbox_cxcywh"])
-    state["search_region"] = batch["search_region"]
-    for index in range(model.num_exits):
-        state |= model.run_trunk(index, state)
-    return state
+def _objective_of(stage: Stage) -> type[Objective]:
+    if stage.objective not in OBJECTIVES:
+        raise ValueError(
+            f"objective: expected one of {sorted(OBJECTIVES)}, got {stage.objective!r}"
+        )
+    return OBJECTIVES[stage.objective]
 
 
-def _task_loss(
-    model: EarlyExitViT,
-    index: int,
-    state: Mapping[str, Tensor],
-    batch: Mapping[str, Tensor],
-    recipe: Recipe,
-    logits: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    loss, terms = tracking_loss(
-        *(model.exit_logits(index, state) if logits is None else logits),
-        bbox_cxcywh=batch["search_bbox_cxcywh"],
-        is_present=batch["is_present"],
-        bin_size=model.config.bin_size,
-        weights=recipe.loss_weights,
-    )
-    return loss, {f"{name}_{index}": value for name, value in terms.items()}
-
-
-def _optimizer(model: EarlyExitViT, stage: Stage) -> torch.optim.AdamW:
+def _optimizer(model: SegmentedModel, stage: Stage) -> torch.optim.AdamW:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith("backbone.stem."), parameter.ndim > 1)
+            key = (name.startswith(model.pretrained), parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "peak": stage.learning_rate * (stage.stem_rate if is_stem else 1.0),
+                "peak": stage.learning_rate * (stage.stem_rate if is_pretrained else 1.0),
                 "weight_decay": stage.weight_decay if is_matrix else 0.0,
             }
-            for (is_stem, is_matrix), parameters in groups.items()
+            for (is_pretrained, is_matrix), parameters in groups.items()
         ],
         lr=stage.learning_rate,
         betas=(0.9, 0.98),

@@ -1,8 +1,9 @@
-"""Losses of the General Distribution heads, each a mean over samples.
+"""Losses of the heads, each a mean over samples.
 
 Quality Focal Loss and Distribution Focal Loss: Li et al., NeurIPS 2020, arXiv 2006.04388. GIoU:
 Rezatofighi et al., CVPR 2019, arXiv 1902.09630. Localisation distillation: Zheng et al., CVPR
-2022, arXiv 2102.12252.
+2022, arXiv 2102.12252. Penalty-reduced focal loss of centres: CornerNet, Law and Deng, ECCV 2018,
+arXiv 1808.01244, as CenterNet and OSTrack have it.
 
 Every term is normalised within its sample, so the loss of a batch does not depend on how the
 batch is spread over processes.
@@ -15,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgetrack.models.heads import edge_distances
+from edgetrack.models.heads import CenterMaps, center_boxes, edge_distances
 
 __all__ = [
     "LossWeights",
     "cell_targets",
+    "center_focal_loss",
+    "center_heatmap",
+    "center_loss",
     "distillation_loss",
     "distribution_focal_loss",
     "giou",
@@ -29,6 +33,8 @@ __all__ = [
 
 # Score maps are summed as if they had 8 x 8 cells: a finer grid does not weigh more.
 _REFERENCE_CELLS = 64
+# IoU that a box with corners inside a centre's radius still has (CornerNet).
+_MIN_OVERLAP = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,8 @@ class LossWeights:
         distil_edges: KL from the final head's edge distributions (stage 2).
         distil_score: Binary cross-entropy to the final head's score map (stage 2).
         temperature: Temperature of the KL.
+        boxes_at: Cells of a CENTER head whose boxes are taught: the ``winner``, as OSTrack does,
+            or all around the true centre by the ``heatmap``, which little data asks for.
     """
 
     score: float = 1.0
@@ -52,6 +60,12 @@ class LossWeights:
     distil_edges: float = 1.0
     distil_score: float = 0.25
     temperature: float = 1.0
+    boxes_at: str = "winner"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown choice."""
+        if self.boxes_at not in ("winner", "heatmap"):
+            raise ValueError(f"boxes_at: expected 'winner' or 'heatmap', got {self.boxes_at!r}")
 
 
 def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,10 +157,7 @@ def tracking_loss(
     cls_logits, edge_logits = cls_logits.float(), edge_logits.float()
     grid = math.isqrt(cls_logits.shape[1])
     centres, inside, central = cell_targets(bbox_cxcywh, grid=grid)
-    true_xyxy = torch.cat(
-        [bbox_cxcywh[:, :2] - bbox_cxcywh[:, 2:] / 2, bbox_cxcywh[:, :2] + bbox_cxcywh[:, 2:] / 2],
-        -1,
-    )[:, None]
+    true_xyxy = _to_xyxy(bbox_cxcywh)[:, None]
     distances = edge_distances(edge_logits, bin_size=bin_size)
     sides = torch.tensor([-1.0, -1.0, 1.0, 1.0], device=cls_logits.device)
     corners = centres.repeat(1, 2)
@@ -205,3 +216,95 @@ def distillation_loss(
     edges = (share * kl).sum(1).mean()
     score = bce.sum(1).mean() * (_REFERENCE_CELLS / grid**2)
     return weights.distil_edges * edges + weights.distil_score * score
+
+
+def center_heatmap(bbox_cxcywh: Tensor, *, grid: int) -> Tensor:
+    """How well each cell stands for the centre of a box: a Gaussian of CornerNet's radius.
+
+    The radius is that of CornerNet's released code, which divides its roots by 2 instead of 2a, and
+    so are all numbers in OSTrack's line of work.
+
+    Args:
+        bbox_cxcywh: Boxes ``(B, 4)``, normalised to the search region.
+        grid: Cells per side.
+
+    Returns:
+        ``(B, grid * grid)`` in [0, 1]: 1 at the cell whose corner is nearest to the centre, which
+        may lie outside the grid; 0 beyond the radius.
+    """
+    total, product = bbox_cxcywh[:, 2:].sum(1) * grid, bbox_cxcywh[:, 2:].prod(1) * grid**2
+    low, high = 1 - _MIN_OVERLAP, 1 + _MIN_OVERLAP
+    # a, b, c of the three quadratic equations: one corner inside, both inside, both outside
+    roots = [
+        (b + (b.square() - 4 * a * c).clamp(min=0).sqrt()) / 2
+        for a, b, c in (
+            (1.0, total, product * low / high),
+            (4.0, 2 * total, product * low),
+            (4 * _MIN_OVERLAP, -2 * _MIN_OVERLAP * total, -product * low),
+        )
+    ]
+    radius = torch.stack(roots).amin(0).floor().clamp(min=0)[:, None]
+    sigma = (2 * radius + 1) / 6
+    steps = torch.arange(grid, device=bbox_cxcywh.device, dtype=bbox_cxcywh.dtype)
+    centre = (bbox_cxcywh[:, :2] * grid).round()
+
+    def along(at: Tensor) -> Tensor:
+        distance = (steps - at[:, None]).abs()
+        return torch.exp(-0.5 * (distance / sigma).square()) * (distance <= radius)
+
+    return (along(centre[:, 1])[:, :, None] * along(centre[:, 0])[:, None, :]).flatten(1)
+
+
+def center_focal_loss(score: Tensor, heatmap: Tensor) -> Tensor:
+    """CornerNet's penalty-reduced focal loss (alpha 2, beta 4), cell by cell.
+
+    Args:
+        score: In (0, 1).
+        heatmap: Of the same shape, in [0, 1]; only where it is 1 the score is to rise.
+    """
+    rising = -score.log() * (1 - score).square()
+    falling = -(1 - score).log() * score.square() * (1 - heatmap).pow(4)
+    return torch.where(heatmap == 1, rising, falling)
+
+
+def center_loss(
+    maps: CenterMaps,
+    *,
+    bbox_cxcywh: Tensor,
+    is_present: Tensor,
+    weights: LossWeights,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The task loss of a CENTER head, as OSTrack's.
+
+    Args:
+        maps: Of the head.
+        bbox_cxcywh: True boxes ``(B, 4)``, normalised to the search region.
+        is_present: 1 where the target is in the search region, else 0: ``(B,)``.
+        weights: Of the terms, and which cells' boxes count.
+
+    Returns:
+        The loss, and its terms with the mean IoU for the log (detached).
+    """
+    grid = math.isqrt(maps.score.shape[1])
+    heatmap = center_heatmap(bbox_cxcywh, grid=grid) * is_present[:, None]
+    if weights.boxes_at == "winner":
+        share = F.one_hot(maps.score.argmax(1), grid**2) * is_present[:, None]
+    else:
+        share = heatmap / heatmap.sum(1, keepdim=True).clamp(min=1e-6)
+    true_xyxy = _to_xyxy(bbox_cxcywh).clamp(0, 1)[:, None]
+    predicted_xyxy = _to_xyxy(center_boxes(maps))
+    iou, generalised = giou(predicted_xyxy, true_xyxy)
+    terms = {
+        "score": center_focal_loss(maps.score, heatmap).sum(1),
+        "giou": (share * (1 - generalised)).sum(1),
+        "l1": (share * (predicted_xyxy - true_xyxy).abs().mean(-1)).sum(1),
+    }
+    total = torch.stack([getattr(weights, k) * v.mean() for k, v in terms.items()]).sum()
+    log = {k: v.detach().mean() for k, v in terms.items()}
+    log["iou"] = (share * iou).sum().detach() / is_present.sum().clamp(min=1)
+    return total, log
+
+
+def _to_xyxy(bbox_cxcywh: Tensor) -> Tensor:
+    centre, half = bbox_cxcywh[..., :2], bbox_cxcywh[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)

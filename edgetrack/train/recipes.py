@@ -1,20 +1,19 @@
 """Training runs as data: which model, how many samples, which rates.
 
-A recipe has two stages, after the source paper: the first trains the trunk and the final head,
-the second freezes both and trains the bypass branches and shallow heads, with self-distillation
-from the final head.
+A recipe is a sequence of stages, and each names its objective (see ``train.objectives``): what is
+minimised, and what learns.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetrack.models.early_exit_vit import EarlyExitViT
 from edgetrack.models.registry import create_model
+from edgetrack.models.segmented import SegmentedModel
 from edgetrack.train.losses import LossWeights
 from edgetrack.train.sampling import DEFAULT_MIX
 
-__all__ = ["RECIPES", "Recipe", "Stage", "create_early_exit_vit", "get_recipe"]
+__all__ = ["RECIPES", "Recipe", "Stage", "create_changed_model", "get_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +21,19 @@ class Stage:
     """One stage of a run.
 
     Attributes:
+        objective: What it minimises: a name in ``train.objectives``.
         samples: Pairs to see.
         batch_size: Pairs per step.
         learning_rate: Peak rate; it rises linearly, then falls as a cosine.
-        warmup_steps: Steps of the rise.
-        stem_rate: Factor on the rate of a pretrained stem.
+        warmup_steps: Steps of the rise; a fifth of the stage at most.
+        stem_rate: Factor on the rate of what was pretrained (``SegmentedModel.pretrained``).
         frozen_stem_share: First part of the stage in which the stem does not learn.
         weight_decay: On matrices and kernels; vectors have none.
         clip_norm: Largest norm of the gradient.
         ema_decay: Of the averaged weights, which are the ones that ship.
     """
 
+    objective: str
     samples: int
     batch_size: int = 64
     learning_rate: float = 8e-4
@@ -63,7 +64,7 @@ class Recipe:
         name: What ``edgetrack train`` calls it.
         model: ``<family>-<variant>``.
         model_config: Changes to the variant's configuration.
-        stages: Stage 1 and stage 2.
+        stages: In their order; one that has nothing to train in the model is left out.
         loss_weights: Of all terms.
         mix: Source of pairs → weight (see ``sampling.PairSampler``).
         num_synthetic_clips: Rendered clips that join the pack.
@@ -75,7 +76,7 @@ class Recipe:
 
     name: str
     model: str
-    stages: tuple[Stage, Stage]
+    stages: tuple[Stage, ...]
     model_config: Mapping[str, Any] = field(default_factory=dict)
     loss_weights: LossWeights = field(default_factory=LossWeights)
     mix: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
@@ -84,29 +85,23 @@ class Recipe:
     autocast: bool = True
     seed: int = 0
 
-    def create_model(self) -> EarlyExitViT:
+    def create_model(self) -> SegmentedModel:
         """The recipe's model, with random weights.
 
         Raises:
-            ValueError: There is no such model, its family has no recipe, or a change does not fit.
+            ValueError: There is no such model, or a change does not fit.
         """
-        return create_early_exit_vit(self.model, self.model_config)
+        return create_changed_model(self.model, self.model_config)
 
 
-def create_early_exit_vit(name: str, changes: Mapping[str, Any]) -> EarlyExitViT:
+def create_changed_model(name: str, changes: Mapping[str, Any]) -> SegmentedModel:
     """A variant with changes to its configuration, and random weights.
 
     Raises:
-        ValueError: There is no such variant, it is of another family, or a change does not fit.
+        ValueError: There is no such variant, or a change does not fit.
     """
     model = create_model(name)
-    if not isinstance(model, EarlyExitViT):
-        raise ValueError(f"recipe: expected an early_exit_vit, got {name!r}")
-    if not changes:
-        return model
-    changed = create_model(name, {**model.config_dict, **changes})
-    assert isinstance(changed, EarlyExitViT)
-    return changed
+    return create_model(name, {**model.config_dict, **changes}) if changes else model
 
 
 # Whole videos of the development training folder, so that no piece of one is trained on.
@@ -130,13 +125,14 @@ RECIPES: dict[str, Recipe] = {
             model="early_exit_vit-tiny",
             stages=(
                 Stage(
+                    objective="final_exit",
                     samples=320_000,
                     learning_rate=8e-4,
                     warmup_steps=300,
                     frozen_stem_share=0.7,
                     ema_decay=0.999,
                 ),
-                Stage(samples=80_000, learning_rate=1e-3),
+                Stage(objective="shallow_exits", samples=80_000, learning_rate=1e-3),
             ),
             calibration_clips=CALIBRATION_CLIPS,
             seed=7,
@@ -147,6 +143,7 @@ RECIPES: dict[str, Recipe] = {
             model="early_exit_vit-tiny",
             stages=(
                 Stage(
+                    objective="final_exit",
                     samples=6_000_000,
                     batch_size=512,
                     learning_rate=2e-3,
@@ -154,7 +151,13 @@ RECIPES: dict[str, Recipe] = {
                     frozen_stem_share=0.1,
                     ema_decay=0.9995,
                 ),
-                Stage(samples=1_000_000, batch_size=512, learning_rate=2e-3, ema_decay=0.999),
+                Stage(
+                    objective="shallow_exits",
+                    samples=1_000_000,
+                    batch_size=512,
+                    learning_rate=2e-3,
+                    ema_decay=0.999,
+                ),
             ),
             calibration_clips=CALIBRATION_CLIPS,
             num_synthetic_clips=96,
@@ -163,8 +166,8 @@ RECIPES: dict[str, Recipe] = {
             name="early_exit_vit-smoke",
             model="early_exit_vit-tiny",
             stages=(
-                Stage(samples=32, batch_size=8, warmup_steps=2),
-                Stage(samples=16, batch_size=8, warmup_steps=2),
+                Stage(objective="final_exit", samples=32, batch_size=8, warmup_steps=2),
+                Stage(objective="shallow_exits", samples=16, batch_size=8, warmup_steps=2),
             ),
             num_synthetic_clips=2,
         ),
@@ -174,6 +177,7 @@ RECIPES: dict[str, Recipe] = {
             model="early_exit_vit-base",
             stages=(
                 Stage(
+                    objective="final_exit",
                     samples=18_000_000,
                     batch_size=128,
                     learning_rate=4e-4,
@@ -183,6 +187,7 @@ RECIPES: dict[str, Recipe] = {
                     ema_decay=0.9998,
                 ),
                 Stage(
+                    objective="shallow_exits",
                     samples=4_800_000,
                     batch_size=128,
                     learning_rate=4e-4,

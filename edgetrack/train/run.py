@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from edgetrack.data.layouts import FOLDER, read_layout
 from edgetrack.data.pseudo_tracks import read_pseudo_tracks
 from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import CheckpointError
-from edgetrack.models.early_exit_vit import EarlyExitViT
+from edgetrack.models.layers import ShuffleStem
 from edgetrack.models.published import load_shuffle_stem
-from edgetrack.models.registry import load_fitting_weights
+from edgetrack.models.registry import load_fitting_weights, load_model
+from edgetrack.models.segmented import SegmentedModel
 from edgetrack.train.loop import LOG_NAME, Progress, fit
-from edgetrack.train.recipes import Recipe
+from edgetrack.train.recipes import Recipe, Stage
 from edgetrack.train.sampling import PairSampler
 from edgetrack.viz import plot_training
 
@@ -47,11 +48,12 @@ def run_recipe(
     *,
     stem: Path | None = None,
     start: Bundle | None = None,
+    teacher: Bundle | None = None,
     pseudo_tracks: Path | None = None,
     is_compiled: bool = False,
     on_reading: Callable[[str, int, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-) -> EarlyExitViT:
+) -> SegmentedModel:
     """Train a recipe, or go on with a run that was interrupted.
 
     Under ``torchrun`` every process calls this; the first one writes.
@@ -62,6 +64,8 @@ def run_recipe(
         output: Folder of the run.
         stem: Pretrained ShuffleNetV2 weights, ``.npz``.
         start: A bundle whose weights to start from, where names and shapes fit.
+        teacher: A bundle to learn from, for objectives that have a teacher; pairs are rendered at
+            the sizes of its crops.
         pseudo_tracks: Tracks in the videos of the first training folder, or of the folder that
             holds the file, as ``edgetrack pseudolabel`` writes them.
         is_compiled: Compile the step; for GPUs.
@@ -86,27 +90,35 @@ def run_recipe(
         on_reading=on_reading,
     )
     clips = [_render(_FIRST_CLIP_SEED + k) for k in range(recipe.num_synthetic_clips)]
-    crops = recipe.create_model().crops
+    guide = None if teacher is None else load_model(teacher)
+    crops = (recipe.create_model() if guide is None else guide).crops
     if is_first and not (output / PROVENANCE_NAME).is_file():
-        _write_provenance(recipe, sources, output, stem=stem, start=start, tracks=pseudo_tracks)
+        _write_provenance(
+            recipe,
+            sources,
+            output,
+            files={"stem": stem, "pseudo_tracks": pseudo_tracks},
+            bundles={"start": start, "teacher": teacher},
+        )
 
-    def sampler_of(seed: int, batch_size: int, device: torch.device) -> PairSampler:
+    def sampler_of(seed: int, stage: Stage, device: torch.device) -> PairSampler:
         return PairSampler(
             pack,
             crops=crops,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=stage.batch_size,
             mix=recipe.mix,
             extra_clips=clips,
             device=device,
         )
 
-    def initial(model: EarlyExitViT) -> None:
-        if stem is not None and not hasattr(model.backbone, "stem"):
-            raise ValueError(f"stem: expected none for {recipe.model}, whose stem is patches; "
-                             f"got {stem}")  # fmt: skip
+    def initial(model: SegmentedModel) -> None:
         if stem is not None:
-            load_shuffle_stem(model.backbone.stem, stem)
+            stems = [m for m in model.modules() if isinstance(m, ShuffleStem)]
+            if not stems:
+                raise ValueError(f"stem: expected none for {recipe.model}, which has no "
+                                 f"ShuffleNetV2 stem; got {stem}")  # fmt: skip
+            load_shuffle_stem(stems[0], stem)
         if start is not None:
             load_fitting_weights(model, start)
 
@@ -114,6 +126,7 @@ def run_recipe(
         recipe,
         sampler_of,
         output,
+        teacher=guide,
         initial=initial,
         is_compiled=is_compiled,
         on_progress=on_progress,
@@ -189,12 +202,10 @@ def _write_provenance(
     sources: Sequence[tuple[str, Path]],
     output: Path,
     *,
-    stem: Path | None,
-    start: Bundle | None,
-    tracks: Path | None,
+    files: Mapping[str, Path | None],
+    bundles: Mapping[str, Bundle | None],
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    files = {"stem": stem, "pseudo_tracks": tracks}
     content = {
         "recipe": dataclasses.asdict(recipe),
         "samples": [s.num_steps * s.batch_size for s in recipe.stages],
@@ -207,9 +218,16 @@ def _write_provenance(
             k: None if file is None else {"file": file.name, "sha256": sha256_of(file)}
             for k, file in files.items()
         },
-        "start": None
-        if start is None
-        else {"bundle": start.name, "digest": start.digest, "provenance": dict(start.provenance)},
+        **{
+            k: None
+            if bundle is None
+            else {
+                "bundle": bundle.name,
+                "digest": bundle.digest,
+                "provenance": dict(bundle.provenance),
+            }
+            for k, bundle in bundles.items()
+        },
         "hardware": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{os.cpu_count()} {platform.machine()} CPUs",

@@ -80,7 +80,7 @@ def test_training_starts_from_another_bundle_and_another_mix(home: Path, bundle:
     ("options", "code", "message"),
     [
         (("--mix", "video"), 2, "expected name=weight"),
-        (("--samples", "0,1"), 2, "expected two whole numbers"),
+        (("--samples", "0,1"), 2, "expected 2 whole numbers"),
         (("--data", "imagenet=data"), 1, "expected a training folder or LAYOUT=ROOT"),
         (("--data", "got10k=nowhere"), 1, "expected a folder of got10k data, got none"),
         (("--from", "nowhere"), 1, "expected a bundle"),

@@ -16,12 +16,14 @@ from edgetrack.data.folder import Clip, TrainingPack
 from edgetrack.errors import CheckpointError, TrainingError
 from edgetrack.models.early_exit_vit import CONFIGS, EarlyExitViT
 from edgetrack.models.registry import create_model
-from edgetrack.train.loop import Progress, fit, freeze_for_stage_2, load_trained
+from edgetrack.train.loop import Progress, fit, load_trained
 from edgetrack.train.losses import tracking_loss
+from edgetrack.train.objectives.early_exit import freeze_all_but_shallow_exits
 from edgetrack.train.recipes import Recipe, Stage, get_recipe
 from edgetrack.train.sampling import PairSampler
 
 NUM_STEPS = (6, 4)
+OBJECTIVE_NAMES = ("final_exit", "shallow_exits")
 BATCH = 4
 SHALLOW = "exits.0."
 
@@ -48,7 +50,8 @@ def pack() -> TrainingPack:
 
 def small_recipe(**changes: Any) -> Recipe:
     stages = tuple(
-        Stage(samples=BATCH * steps, batch_size=BATCH, warmup_steps=2) for steps in NUM_STEPS
+        Stage(objective=name, samples=BATCH * steps, batch_size=BATCH, warmup_steps=2)
+        for name, steps in zip(OBJECTIVE_NAMES, NUM_STEPS, strict=True)
     )
     small = {"model": "early_exit_vit-small", "stages": stages, **changes}
     return dataclasses.replace(get_recipe("early_exit_vit-smoke"), **small)
@@ -63,7 +66,9 @@ class Run:
 
     def fit(self, recipe: Recipe | None = None, **options: Any) -> EarlyExitViT:
         defaults = {"report_every": 1, "on_progress": self.reports.append}
-        return fit(recipe or small_recipe(), self._sampler, self.folder, **(defaults | options))
+        model = fit(recipe or small_recipe(), self._sampler, self.folder, **(defaults | options))
+        assert isinstance(model, EarlyExitViT)
+        return model
 
     def fit_until(self, stage: int, step: int, **options: Any) -> None:
         """Train up to Ctrl-C after a step."""
@@ -83,13 +88,13 @@ class Run:
     def logged_steps(self) -> list[tuple[float, float]]:
         return [(entry["stage"], entry["step"]) for entry in self.log()]
 
-    def _sampler(self, seed: int, batch_size: int, device: torch.device) -> PairSampler:
+    def _sampler(self, seed: int, stage: Stage, device: torch.device) -> PairSampler:
         crops = create_model("early_exit_vit-small").crops  # draws random numbers, as a caller may
         return PairSampler(
             self.pack,
             crops=crops,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=stage.batch_size,
             mix={"video": 1.0},
             device=device,
         )
@@ -166,7 +171,7 @@ def test_stage_2_trains_the_shallow_exits_and_nothing_else() -> None:
     model = EarlyExitViT(PATCH)
     inputs = make_inputs(PATCH, batch=4)
 
-    trained = freeze_for_stage_2(model)
+    trained = freeze_all_but_shallow_exits(model)
     state = model.embed_template(inputs["template"], inputs["template_bbox_cxcywh"])
     state["search_region"] = inputs["search_region"]
     state |= model.run_trunk(0, state)
@@ -263,8 +268,14 @@ def test_another_seed_trains_another_model(run: Run, undisturbed: Run) -> None:
 
 def test_training_learns_a_box_by_heart(run: Run) -> None:
     stages = (
-        Stage(samples=60 * BATCH, batch_size=BATCH, warmup_steps=5, learning_rate=2e-3),
-        Stage(samples=BATCH, batch_size=BATCH, warmup_steps=5),
+        Stage(
+            objective="final_exit",
+            samples=60 * BATCH,
+            batch_size=BATCH,
+            warmup_steps=5,
+            learning_rate=2e-3,
+        ),
+        Stage(objective="shallow_exits", samples=BATCH, batch_size=BATCH, warmup_steps=5),
     )
 
     run.fit(small_recipe(stages=stages), report_every=20)
@@ -365,7 +376,14 @@ def test_no_room_for_a_checkpoint_keeps_the_old_one(
     assert (run.folder / "checkpoint.pt").read_bytes() == before
 
 
-def test_only_early_exit_vits_can_be_trained(run: Run) -> None:
+def test_an_unknown_objective_is_refused(run: Run) -> None:
+    stages = (Stage(objective="first_exit", samples=BATCH, batch_size=BATCH),)
+
+    with pytest.raises(ValueError, match=r"^objective: expected one of \['final_exit'"):
+        run.fit(small_recipe(stages=stages))
+
+
+def test_an_unknown_model_is_refused(run: Run) -> None:
     with pytest.raises(ValueError, match=r"^model: expected one of"):
         run.fit(small_recipe(model="resnet-50"))
 
@@ -391,8 +409,14 @@ EXACT = {
     "autocast": False,
     "model": "early_exit_vit-exact",
     "stages": tuple(
-        Stage(samples=BATCH * steps, batch_size=BATCH, warmup_steps=2, learning_rate=5e-5)
-        for steps in NUM_STEPS
+        Stage(
+            objective=name,
+            samples=BATCH * steps,
+            batch_size=BATCH,
+            warmup_steps=2,
+            learning_rate=5e-5,
+        )
+        for name, steps in zip(OBJECTIVE_NAMES, NUM_STEPS, strict=True)
     ),
 }
 

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from edgetrack.models.registry import list_models
+from edgetrack.train.objectives import OBJECTIVES
 from edgetrack.train.recipes import RECIPES, Recipe, Stage, get_recipe
 from edgetrack.train.sampling import DEFAULT_MIX
 
@@ -19,6 +20,15 @@ def test_a_recipe_is_found_by_its_own_name(recipe: Recipe) -> None:
 def test_a_recipe_names_a_model_and_sources_that_exist(recipe: Recipe) -> None:
     assert recipe.model in list_models()
     assert recipe.mix.keys() <= DEFAULT_MIX.keys()
+
+
+@ALL
+def test_a_recipe_names_objectives_that_can_train_its_model(recipe: Recipe) -> None:
+    model = recipe.create_model()
+
+    for stage in recipe.stages:
+        OBJECTIVES[stage.objective](model, recipe, model).prepare()
+        assert any(p.requires_grad for p in model.parameters())
 
 
 @ALL
@@ -46,10 +56,11 @@ def test_an_unknown_recipe_is_refused() -> None:
 def test_a_stage_has_whole_batches_and_at_least_one(
     samples: int, batch_size: int, num_steps: int
 ) -> None:
-    assert Stage(samples=samples, batch_size=batch_size).num_steps == num_steps
+    stage = Stage(objective="final_exit", samples=samples, batch_size=batch_size)
+    assert stage.num_steps == num_steps
 
 
 @pytest.mark.parametrize("name", ["samples", "batch_size", "warmup_steps"])
 def test_a_stage_without_steps_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected at least 1, got 0"):
-        Stage(**{"samples": 8, name: 0})
+        Stage(**{"objective": "final_exit", "samples": 8, name: 0})

@@ -6,16 +6,19 @@ On the same crops of DATA_ROOT: how far the boxes and uncertainties of every exi
 how often the same exit is taken at the bundle's own operating point, how long each segment takes
 (engines take turns, in blocks), and how large the engines are. The rows, from the committed cache:
 ONNX Runtime's twin, the plain Q/DQ graph, and TensorRT's FP16 twin, run by ONNX Runtime; the first
-calibrated on OTHER_ROOT instead; and with ``--static`` ONNX Runtime's own ``quantize_static``.
+calibrated on OTHER_ROOT instead; with ``--static`` ONNX Runtime's own ``quantize_static``; and with
+``--modelopt PYTHON`` NVIDIA's ModelOpt, run by the Python that it is installed for.
 ``rtx`` says whether TensorRT-RTX builds it. ``--track`` adds closed-loop AUC, from several starts,
 and ``update`` times.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,8 +44,11 @@ from edgetrack.tracker import Tracker
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION = Path(__file__).parents[1] / "calibration"
+MODELOPT_SCRIPT = Path(__file__).parent / "modelopt_graphs.py"
 CROPS_PER_SEQUENCE = 25
 NUM_BLOCKS, BLOCK = 15, 20
+FRAMES_IN_TURN = 12
+TRACKED = ("fp32", "int8", "quantize_static, uint8", "ModelOpt")
 
 Models = Mapping[str, onnx.ModelProto]
 Crops = list[tuple[str, dict[str, Any]]]
@@ -129,6 +135,30 @@ def _timed(run: Callable[[], None]) -> list[float]:
     return times
 
 
+def feeds_of(bundle: Bundle, crops: Crops) -> dict[str, list[dict[str, Any]]]:
+    """What each graph reads on some of the crops."""
+    floats = {g.name: onnx.load(bundle.graph_path(g)) for g in bundle.graphs}
+    feeds: dict[str, list[Any]] = {name: [] for name in floats}
+    runs = {name: GraphRun(model) for name, model in floats.items()}
+    for _, graph, state in chain_states(bundle, runs, crops[::8]):
+        feeds[graph].append({v.name: state[v.name] for v in floats[graph].graph.input})
+    return feeds
+
+
+def modelopt_quantisation(bundle: Bundle, crops: Crops, python: Path) -> Models:
+    """NVIDIA ModelOpt's own choice of layers, calibrated with ``max`` on some of the crops."""
+    models = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, feeds in feeds_of(bundle, crops).items():
+            stacked = {n: np.concatenate([feed[n] for feed in feeds]) for n in feeds[0]}
+            np.savez(Path(folder) / f"{name}.npz", **stacked)
+            shutil.copy(bundle.path / f"{name}.onnx", folder)
+        subprocess.run([python, MODELOPT_SCRIPT, folder], check=True, stdout=subprocess.DEVNULL)
+        for graph in bundle.graphs:
+            models[graph.name] = onnx.load(Path(folder) / f"{graph.name}.quantized.onnx")
+    return models
+
+
 def static_quantisation(bundle: Bundle, crops: Crops, *, signed: bool) -> Models:
     """ONNX Runtime's ``quantize_static`` of layers alone, per channel, on some of the crops."""
     from onnxruntime.quantization import (
@@ -138,12 +168,6 @@ def static_quantisation(bundle: Bundle, crops: Crops, *, signed: bool) -> Models
         quantize_static,
     )
 
-    floats = {g.name: onnx.load(bundle.graph_path(g)) for g in bundle.graphs}
-    feeds: dict[str, list[Any]] = {name: [] for name in floats}
-    runs = {name: GraphRun(model) for name, model in floats.items()}
-    for _, graph, state in chain_states(bundle, runs, crops[::8]):
-        feeds[graph].append({v.name: state[v.name] for v in floats[graph].graph.input})
-
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
         def __init__(self, of_graph: list[Any]) -> None:
             self._rest = iter(of_graph)
@@ -152,8 +176,9 @@ def static_quantisation(bundle: Bundle, crops: Crops, *, signed: bool) -> Models
             return next(self._rest, None)
 
     models = {}
+    feeds = feeds_of(bundle, crops)
     with tempfile.TemporaryDirectory() as folder:
-        for name in floats:
+        for name in feeds:
             path = Path(folder) / f"{name}.onnx"
             quantize_static(
                 bundle.path / f"{name}.onnx",
@@ -206,26 +231,30 @@ class Shifted:
         return self._tracker.update(frame)
 
 
+def open_trackers(bundle: Bundle, rows: Mapping[str, Models]) -> dict[str, Tracker]:
+    """A tracker of each row's graphs, at the bundle's default operating point."""
+    trackers = {}
+    for name, models in rows.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for file in bundle.files:
+                shutil.copy(bundle.path / file, folder)
+            for graph, model in models.items():
+                onnx.save(model, Path(folder) / f"{graph}.onnx")
+            copy = dataclasses.replace(bundle, path=Path(folder)).write()
+            trackers[name] = Tracker(copy, backend="onnxruntime", engines=folder)
+    return trackers
+
+
 def track(
-    bundle: Bundle, models: Models, sequences: list[Sequence], *, num_starts: int
-) -> dict[str, Any]:
-    """Closed loop at the default operating point, FP32 and INT8 in turn.
+    bundle: Bundle, trackers: Mapping[str, Tracker], sequences: list[Sequence], *, num_starts: int
+) -> dict[str, dict[str, Any]]:
+    """AUC in closed loop, and the exits taken.
 
     One lost target moves the mean AUC of 16 sequences by a point, and whether it is lost may hang
     on a rounding. So each sequence is tracked from several starts, half a pixel apart at most.
     """
     shifts_px = np.random.default_rng(0).uniform(-0.5, 0.5, (num_starts, 2))
     shifts_px[0] = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for file in bundle.files:
-            shutil.copy(bundle.path / file, folder)
-        for name, model in models.items():
-            onnx.save(model, Path(folder) / f"{name}.onnx")
-        quantized = dataclasses.replace(bundle, path=Path(folder)).write()
-        trackers = {
-            name: Tracker(source, backend="onnxruntime", engines=folder)
-            for name, source in (("fp32", bundle), ("int8", quantized))
-        }
     found: dict[str, list[list[SequenceResult]]] = {name: [] for name in trackers}
     for sequence in sequences:
         for name, tracker in trackers.items():
@@ -237,9 +266,8 @@ def track(
 
 
 def closed_loop_report(bundle: Bundle, results: list[list[SequenceResult]]) -> dict[str, Any]:
-    """AUC per start, and times and exits over all; ``results`` is per sequence and start."""
+    """AUC per start, and exits over all; ``results`` is per sequence and start."""
     rows = [row for starts in results for result in starts for row in result.rows[1:]]
-    latencies = np.array([row.latency_ms for row in rows])
     exits = np.array([row.exit_index for row in rows])
     auc = np.array([[result.metrics.success_auc for result in starts] for starts in results])
     return {
@@ -249,8 +277,26 @@ def closed_loop_report(bundle: Bundle, results: list[list[SequenceResult]]) -> d
             starts[0].name: of_sequence.tolist()
             for starts, of_sequence in zip(results, auc, strict=True)
         },
-        "update_ms": {f"p{q}": float(np.percentile(latencies, q)) for q in (10, 50, 90)},
         "exit_shares": exit_shares(exits, num_exits=bundle.num_exits).tolist(),
+    }
+
+
+def update_ms(
+    trackers: Mapping[str, Tracker], sequences: Iterable[Sequence]
+) -> dict[str, dict[str, float]]:
+    """Times of ``update``, some frames with each tracker in turn: load disturbs all alike."""
+    latencies: dict[str, list[float]] = {name: [] for name in trackers}
+    for sequence in sequences:
+        frames = sequence.frames()
+        first = next(frames)
+        for tracker in trackers.values():
+            tracker.init(first, bbox=sequence.boxes_xywh[0].tolist())
+        while block := list(itertools.islice(frames, FRAMES_IN_TURN)):
+            for name, tracker in trackers.items():
+                latencies[name] += [tracker.update(frame).latency_ms for frame in block]
+    return {
+        name: {f"p{q}": float(np.percentile(times, q)) for q in (10, 50, 90)}
+        for name, times in latencies.items()
     }
 
 
@@ -273,11 +319,13 @@ def rows_of(bundle: Bundle, crops: Crops, args: argparse.Namespace) -> dict[str,
     if args.static:
         rows["quantize_static, uint8"] = static_quantisation(bundle, crops, signed=False)
         rows["quantize_static, int8"] = static_quantisation(bundle, crops, signed=True)
+    if args.modelopt is not None:
+        rows["ModelOpt"] = modelopt_quantisation(bundle, crops, args.modelopt)
     return rows
 
 
-def main() -> None:
-    args = _arguments()
+def main(arguments: list[str] | None = None) -> None:
+    args = _arguments(arguments)
     bundle = Bundle.load(args.bundle)
     sequences = read_sequences(args.root)
     crops = crops_of(bundle, sequences)
@@ -295,7 +343,7 @@ def main() -> None:
         segment_ms(bundle, engines, crops[0][1])
     for name, row in engines.items():
         rows[name] |= {"bytes": row["bytes"], "ms_per_graph": row["ms_per_graph"]}
-    report = {
+    report: dict[str, Any] = {
         "device": f"{cpu_name()}, one thread",
         "bundle": bundle.name,
         "digest": bundle.digest,
@@ -304,9 +352,11 @@ def main() -> None:
         "rows": rows,
     }
     if args.track:
-        report["closed_loop"] = track(
-            bundle, models["int8"], list(sequences), num_starts=args.track
-        )
+        tracked = {name: models[name] for name in TRACKED if name in models}
+        trackers = open_trackers(bundle, tracked)
+        report["closed_loop"] = track(bundle, trackers, list(sequences), num_starts=args.track)
+        for name, times in update_ms(trackers, sequences).items():
+            report["closed_loop"][name]["update_ms"] = times
     args.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     _show(report)
 
@@ -327,18 +377,19 @@ def _show(report: Mapping[str, Any]) -> None:
         print(f"{name}: AUC {found['auc_mean']:.4f} ({auc}), update {times} ms")
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("root", type=Path)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--calibrate-on", type=Path)
     parser.add_argument("--static", action="store_true")
+    parser.add_argument("--modelopt", type=Path, metavar="PYTHON")
     parser.add_argument("--track", type=int, default=0, metavar="STARTS")
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "quantization-cpu-onnxruntime-int8.json"
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,14 @@
 An engine folder is named by its key: model, precision, backend and version, architecture, and a
 hash over all of it with the bundle's graphs, the device and the options. What has the same key is
 up to date; a new ONNX Runtime, another GPU or another bundle has another key and another folder.
+
+INT8 is measured against float on this device before it is kept (see ``gate``), so such a build
+makes both sets of engines, and may take graphs of the float one. Another calibration cache or other
+operating points make it out of date.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -13,16 +18,21 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgetrack.backends import get_backend
 from edgetrack.backends.engine import Backend, BuiltGraph, EngineKey, EngineSet, find_engines
 from edgetrack.bundle import Bundle, sha256_of, whole_folder
-from edgetrack.errors import EngineBuildError, EngineMismatchError
+from edgetrack.errors import CalibrationError, EngineBuildError, EngineMismatchError
+
+if TYPE_CHECKING:
+    from edgetrack.data.target_clips import TargetClip
+    from edgetrack.gate import Evidence
+    from edgetrack.quantize.cache import CalibrationCache
 
 __all__ = ["BuildProgress", "build"]
 
@@ -31,8 +41,9 @@ OnProgress = Callable[["BuildProgress"], None]
 _LOCK_NAME = ".lock"
 # The name that ``whole_folder`` gives to what is not finished: folders of dead builds match it.
 _PARTIAL = re.compile(r"\..+-(fp32|fp16|int8)-.+-[0-9a-f]{8}\.[a-z0-9_]{8}(\.old)?")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+_METHOD = "mse"  # that of ``edgetrack calibrate``
 # ONNX Runtime's engines are as large as their graphs; TensorRT-RTX adds kernels, FP16 a cast graph.
 _ROOM_FACTOR, _ROOM_PER_GRAPH_BYTES = 1.5, 4 << 20
 
@@ -42,11 +53,11 @@ class BuildProgress:
     """How far a build is.
 
     Attributes:
-        graph: The graph being compiled.
+        graph: The graph being compiled; empty while something is done to all of them.
         index: Its number, from 0.
         num_graphs: How many there are.
-        phase: What the compiler is doing.
-        fraction: The share of this graph that is done; 1 once it is.
+        phase: What is being done.
+        fraction: The share of this graph, or of this phase, that is done; 1 once it is.
     """
 
     graph: str
@@ -56,6 +67,15 @@ class BuildProgress:
     fraction: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Int8:
+    """What an INT8 build needs besides the bundle; evidence where it calibrated on the same."""
+
+    cache: "CalibrationCache"
+    is_strict: bool
+    evidence: "Evidence | None"
+
+
 def build(
     bundle: Bundle | str | os.PathLike[str] | None = None,
     *,
@@ -63,11 +83,17 @@ def build(
     precision: str | None = None,
     device: int = 0,
     calibration: str | os.PathLike[str] | None = None,
+    calibration_clips: "Sequence[TargetClip]" = (),
+    is_strict: bool = False,
     output: str | os.PathLike[str] = "engines",
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> EngineSet:
     """Compile all graphs of a bundle for this machine, unless that was done before.
+
+    For INT8 the float engines are built as well, and both are compared on this device (see
+    ``gate``): a graph that is not faster in INT8, or does harm, stays in float, and thresholds are
+    fitted to what was chosen. Where the engines do not run here, all graphs stay in INT8.
 
     An interrupted or killed build leaves what was there before it.
 
@@ -76,43 +102,99 @@ def build(
         backend: A backend's name; ``auto`` is the best that can build and run here.
         precision: ``fp32``, ``fp16`` or ``int8``; ``None`` is ``fp16`` where the backend has it.
         device: Number of the CUDA device to build for, on backends that use one.
-        calibration: For INT8, a calibration cache, or a folder of them; ``None`` looks in the
-            bundle's own folder ``calibration`` (see ``quantize.calibrate``).
+        calibration: For INT8, a calibration cache, or a folder of them; ``None`` looks in
+            ``calibration``, then in the bundle's own folder of that name. With
+            ``calibration_clips`` the folder to which the new cache is written.
+        calibration_clips: For INT8, calibrate on these first, and compare on them; without them
+            the comparison is on clips that are rendered.
+        is_strict: For INT8, keep it in all graphs, whatever the comparison says.
         output: The folder that holds engine folders.
         force: Compile even what is up to date.
         on_progress: Called as the build goes on; never called if all is up to date.
 
     Raises:
-        ValueError: The backend has no such precision; the message says why.
+        ValueError: The backend has no such precision; the message says why. Or an argument for
+            INT8 came with another precision.
         BackendUnavailableError: The backend is unknown or not installed, or finds no GPU.
         BundleError: The bundle cannot be read.
         EngineBuildError: The compiler refused a graph, or memory or room in ``output`` ran out.
-        CalibrationError: For INT8 there is no cache of this bundle, or it does not fit.
+        CalibrationError: For INT8 there is no cache of this bundle, or it does not fit; or the
+            clips cannot be calibrated on.
+        SourceError: A clip cannot be read.
     """
     source = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     compiler = get_backend(backend, device=device)
     if precision is None:
         precision = compiler.precisions[0]
     key = compiler.key(model=source.name, bundle_digest=source.digest, precision=precision)
+    cache_path = None if calibration is None else Path(calibration)
+    int8 = None
+    if precision == "int8":
+        int8 = _prepare_int8(source, cache_path, calibration_clips, is_strict, on_progress)
+        key = dataclasses.replace(key, quantization=_quantization(source, int8))
+    elif is_strict or calibration_clips:
+        raise ValueError(
+            f"precision: expected 'int8' with is_strict or calibration_clips, got {precision!r}"
+        )
     root = Path(output)
     if not force and (found := _up_to_date(source, root, key)):
         return found
     source.verify()
-    needed_bytes = _needed_bytes(source)
+    needed_bytes = _needed_bytes(source, num_sets=1 if int8 is None else 2)
     with _explained(root, needed_bytes), _alone_in(root):
         if not force and (found := _up_to_date(source, root, key)):  # by a build that we waited for
             return found
         _remove_dead_builds(root)
         if shutil.disk_usage(root).free < needed_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return _build_all(
-            source,
-            compiler,
-            key,
-            root / key.folder_name,
-            on_progress,
-            calibration=None if calibration is None else Path(calibration),
+        if int8 is None:
+            return _build_float(source, compiler, key, root, on_progress)
+        return _build_int8(source, compiler, key, root, int8, on_progress)
+
+
+def _prepare_int8(
+    bundle: Bundle,
+    calibration: Path | None,
+    clips: "Sequence[TargetClip]",
+    is_strict: bool,
+    on_progress: OnProgress | None,
+) -> _Int8:
+    """Find the calibration cache, or make one on clips and write it."""
+    from edgetrack.quantize.cache import FOLDER_NAME, load_cache
+
+    if not clips:
+        cache = load_cache(bundle, calibration)
+        return _Int8(cache=cache, is_strict=is_strict, evidence=None)
+    folder = Path(FOLDER_NAME) if calibration is None else calibration
+    if folder.is_file():
+        raise CalibrationError(
+            f"{folder}: expected a folder to write the new calibration cache to, got a file; name "
+            "its folder"
         )
+    from edgetrack.gate import gather
+    from edgetrack.quantize.calibrate import calibrate
+
+    evidence = gather(
+        bundle, clips, on_progress=lambda done: _tell(on_progress, "tracking to calibrate", done)
+    )
+    cache = calibrate(
+        bundle,
+        evidence.crops,
+        method=_METHOD,
+        on_progress=lambda done: _tell(on_progress, "calibrating", done),
+    )
+    cache.write(folder / cache.file_name)
+    return _Int8(cache=cache, is_strict=is_strict, evidence=evidence)
+
+
+def _quantization(bundle: Bundle, int8: _Int8) -> Mapping[str, Any]:
+    """What INT8 engines depend on besides the rest of their key, as JSON gives it back."""
+    return {
+        "calibration": int8.cache.file_name,
+        "is_strict": int8.is_strict,
+        "criterion": bundle.criterion,
+        "operating_points": {name: list(t) for name, t in bundle.operating_points.items()},
+    }
 
 
 def _up_to_date(bundle: Bundle, root: Path, key: EngineKey) -> EngineSet | None:
@@ -123,9 +205,9 @@ def _up_to_date(bundle: Bundle, root: Path, key: EngineKey) -> EngineSet | None:
         return None
 
 
-def _needed_bytes(bundle: Bundle) -> int:
+def _needed_bytes(bundle: Bundle, *, num_sets: int) -> int:
     sizes = [bundle.graph_path(graph).stat().st_size for graph in bundle.graphs]
-    return int(_ROOM_FACTOR * sum(sizes)) + _ROOM_PER_GRAPH_BYTES * len(sizes)
+    return num_sets * (int(_ROOM_FACTOR * sum(sizes)) + _ROOM_PER_GRAPH_BYTES * len(sizes))
 
 
 @contextlib.contextmanager
@@ -164,29 +246,88 @@ def _remove_dead_builds(root: Path) -> None:
             shutil.rmtree(path)
 
 
-def _build_all(
+def _build_float(
+    bundle: Bundle, backend: Backend, key: EngineKey, root: Path, on_progress: OnProgress | None
+) -> EngineSet:
+    target = root / key.folder_name
+    with whole_folder(target) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        typed = {graph.name: bundle.graph_path(graph) for graph in bundle.graphs}
+        if key.precision == "fp16":
+            # Needs onnx, which a build that is up to date does not.
+            from edgetrack.quantize.fp16 import cast_file_to_fp16
+
+            for name, path in typed.items():
+                typed[name] = Path(scratch) / path.name
+                cast_file_to_fp16(path, typed[name])
+        engines = _compile_all(bundle, backend, key, typed, folder, on_progress)
+        engines.write()
+    return dataclasses.replace(engines, path=target)
+
+
+def _build_int8(
     bundle: Bundle,
     backend: Backend,
     key: EngineKey,
-    target: Path,
+    root: Path,
+    int8: _Int8,
     on_progress: OnProgress | None,
-    *,
-    calibration: Path | None,
 ) -> EngineSet:
-    graphs: dict[str, BuiltGraph] = {}
+    # Needs OpenCV, and NumPy and onnx, which a build that is up to date does not.
+    from edgetrack.gate import settle
+    from edgetrack.quantize.int8 import write_int8_graphs
+
+    def build_floats() -> EngineSet:
+        precision = backend.precisions[0]
+        float_key = dataclasses.replace(key, precision=precision, quantization=None)
+        found = _up_to_date(bundle, root, float_key)
+        return found or _build_float(bundle, backend, float_key, root, on_progress)
+
+    target = root / key.folder_name
     with whole_folder(target) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
-        if key.precision == "int8":
-            _reporter(bundle, 0, on_progress)("quantising all graphs", 0.0)
-        typed = _typed_graphs(bundle, backend, key.precision, Path(scratch), calibration)
-        for index, graph in enumerate(bundle.graphs):
-            report = _reporter(bundle, index, on_progress)
-            engine_path = folder / f"{graph.name}{backend.engine_suffix}"
-            graphs[graph.name] = _build_one(
-                typed[graph.name], engine_path, backend, key.precision, report
-            )
-        built_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        EngineSet(path=folder, key=key, graphs=graphs, built_at=built_at).write()
-    return EngineSet(path=target, key=key, graphs=graphs, built_at=built_at)
+        _tell(on_progress, "quantising all graphs", 0.0)
+        runtime: Literal["onnxruntime", "tensorrt"] = (
+            "onnxruntime" if backend.runs_on == "cpu" else "tensorrt"
+        )
+        typed = write_int8_graphs(bundle, int8.cache, Path(scratch), runtime=runtime)
+        quantized = _compile_all(bundle, backend, key, typed, folder, on_progress)
+        engines = settle(
+            bundle,
+            backend,
+            quantized,
+            cache=int8.cache,
+            evidence=int8.evidence,
+            is_strict=int8.is_strict,
+            build_floats=build_floats,
+            on_step=lambda phase, fraction: _tell(on_progress, phase, fraction),
+        )
+        engines.write()
+    return dataclasses.replace(engines, path=target)
+
+
+def _compile_all(
+    bundle: Bundle,
+    backend: Backend,
+    key: EngineKey,
+    typed: Mapping[str, Path],
+    folder: Path,
+    on_progress: OnProgress | None,
+) -> EngineSet:
+    """Compile graphs that are in the key's precision already; the sidecar is not written."""
+    graphs = {}
+    for index, graph in enumerate(bundle.graphs):
+        report = _reporter(bundle, index, on_progress)
+        engine_path = folder / f"{graph.name}{backend.engine_suffix}"
+        graphs[graph.name] = _build_one(
+            typed[graph.name], engine_path, backend, key.precision, report
+        )
+    built_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return EngineSet(path=folder, key=key, graphs=graphs, built_at=built_at)
+
+
+def _tell(on_progress: OnProgress | None, phase: str, fraction: float) -> None:
+    """Report what is done to all graphs at once."""
+    if on_progress is not None:
+        on_progress(BuildProgress(graph="", index=0, num_graphs=1, phase=phase, fraction=fraction))
 
 
 def _reporter(
@@ -221,28 +362,5 @@ def _build_one(
         sha256=sha256_of(engine_path),
         size_bytes=engine_path.stat().st_size,
         build_s=round(time.perf_counter() - start, 3),
+        precision=precision,
     )
-
-
-def _typed_graphs(
-    bundle: Bundle, backend: Backend, precision: str, scratch: Path, calibration: Path | None
-) -> Mapping[str, Path]:
-    """The graphs in the precision of the build, by name; FP16 and INT8 are written to scratch."""
-    paths = {graph.name: bundle.graph_path(graph) for graph in bundle.graphs}
-    # What quantises needs NumPy and onnx, which a build that is up to date does not.
-    if precision == "fp16":
-        from edgetrack.quantize.fp16 import cast_file_to_fp16
-
-        for name, path in paths.items():
-            paths[name] = scratch / path.name
-            cast_file_to_fp16(path, paths[name])
-    elif precision == "int8":
-        from edgetrack.quantize.cache import load_cache
-        from edgetrack.quantize.int8 import write_int8_graphs
-
-        cache = load_cache(bundle, calibration)
-        runtime: Literal["onnxruntime", "tensorrt"] = (
-            "onnxruntime" if backend.runs_on == "cpu" else "tensorrt"
-        )
-        return write_int8_graphs(bundle, cache, scratch, runtime=runtime)
-    return paths

@@ -1,20 +1,26 @@
 """``edgetrack calibrate``: the ranges that INT8 needs, from crops that the tracker cuts."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetrack.cli.options import parse_bbox, progress_bar
+from edgetrack.cli.options import parse_bbox, print_table, progress_bar
 
 if TYPE_CHECKING:
     from edgetrack.bundle import Bundle
+    from edgetrack.quantize.cache import CalibrationCache
 
 __all__ = ["calibrate"]
 
-_SENSITIVITY_STRIDE = 8
+_NUM_WANTED = 200
+_SENSITIVITY_CROPS = 32
+_DEFAULT_MAX_LOSS = 0.012
+_NUM_SHOWN = 10
+
+OnFraction = Callable[[float], None]
+NamedCrops = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def calibrate(
@@ -24,11 +30,12 @@ def calibrate(
     frames: Annotated[
         list[str] | None,
         typer.Option(
-            help="Video or folder of pictures, with --bbox; or folder of labelled sequences; repeat"
+            help="Video, folder or list of pictures, or folder of labelled sequences; repeat"
         ),
     ] = None,
     bbox: Annotated[
-        str | None, typer.Option(help="The target in the first frame of a video: x,y,w,h")
+        str | None,
+        typer.Option(help="The target in the first frame, without a truth file beside: x,y,w,h"),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of caches")] = Path("calibration"),
     method: Annotated[
@@ -37,11 +44,21 @@ def calibrate(
     percentile: Annotated[
         float, typer.Option(help="For percentile: the share that is not clipped, in percent")
     ] = 99.99,
-    limit: Annotated[int, typer.Option(min=2, help="Frames of one sequence, at most")] = 100,
+    limit: Annotated[int, typer.Option(min=2, help="Frames of one sequence, at most")] = 300,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Rank the layers by what INT8 costs each alone, plot that, and keep the worst in "
+            "float until --max-loss holds",
+        ),
+    ] = False,
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Rank the layers, and keep the worst in float until the loss is below this"
+            min=0.0,
+            help="With --sensitivity, and implies it: the mean of 1 - IoU plus that of "
+            f"uncertainty's error [default: {_DEFAULT_MAX_LOSS}]",
         ),
     ] = None,
 ) -> None:
@@ -50,48 +67,67 @@ def calibrate(
     Example: edgetrack calibrate --frames car.mp4 --bbox 412,230,96,54
     """
     from edgetrack.bundle import Bundle
+    from edgetrack.data.target_clips import read_target_clips
+    from edgetrack.gate import gather
     from edgetrack.quantize.calibrate import calibrate as find_ranges
-    from edgetrack.quantize.sensitivity import keep_worst_in_float, rank_layers
 
     if not frames:
         raise typer.BadParameter("expected a video or a folder, got none", param_hint="--frames")
     loaded = Bundle.load(bundle)
+    is_ranked = sensitivity or max_loss is not None
+    box = None if bbox is None else parse_bbox(bbox)
+    clips = read_target_clips(frames, bbox=box, limit=limit)
     with progress_bar() as bar:
         task = bar.add_task("tracking", total=1.0)
 
-        def show(what: str) -> Callable[[float], None]:
+        def show(what: str) -> OnFraction:
             return lambda done: bar.update(task, description=what, completed=done)
 
-        crops = list(_crops(loaded, frames, bbox, limit))
+        crops = gather(loaded, clips, on_progress=show("tracking")).crops
         cache = find_ranges(
             loaded, crops, method=method, percentile=percentile, on_progress=show("calibrating")
         )
-        if max_loss is not None:
-            some = crops[::_SENSITIVITY_STRIDE]
-            cache = rank_layers(loaded, cache, some, on_progress=show("ranking layers"))
-            cache = keep_worst_in_float(loaded, cache, some, max_loss=max_loss)
-    output.mkdir(parents=True, exist_ok=True)
-    cache.write(output / cache.file_name)
-    kept = f"; {len(cache.float_layers)} layers stay in float" if max_loss is not None else ""
-    typer.echo(f"calibration cache: {output / cache.file_name} from {len(crops)} crops{kept}")
+        if is_ranked:
+            budget = _DEFAULT_MAX_LOSS if max_loss is None else max_loss
+            cache = _ranked(loaded, cache, crops, budget, show("ranking layers"))
+    file = output / cache.file_name
+    cache.write(file)
+    if len(crops) < _NUM_WANTED:
+        typer.echo(
+            f"warning: expected {_NUM_WANTED} crops or more, got {len(crops)}: what they do not "
+            "show may be clipped; give more frames",
+            err=True,
+        )
+    typer.echo(f"calibration cache: {file} from {len(crops)} crops")
+    if is_ranked:
+        _show_ranking(cache, file.with_suffix(".png"))
     typer.echo("next: edgetrack build --precision int8")
 
 
-def _crops(
-    bundle: "Bundle", sources: list[str], bbox: str | None, limit: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    from edgetrack.data.sequences import read_sequences
-    from edgetrack.frames import read_frames
-    from edgetrack.runtime.recording import record_crops
+def _ranked(
+    bundle: "Bundle",
+    cache: "CalibrationCache",
+    crops: NamedCrops,
+    max_loss: float,
+    on_progress: OnFraction,
+) -> "CalibrationCache":
+    from edgetrack.quantize.sensitivity import keep_worst_in_float, rank_layers
 
-    for source in sources:
-        if bbox is not None:
-            box = parse_bbox(bbox)
-            with read_frames(source) as images:
-                name = Path(source).stem
-                yield from record_crops(bundle, itertools.islice(images, limit), box, name=name)
-            continue
-        for sequence in read_sequences(source):
-            box = tuple(sequence.boxes_xywh[0].tolist())
-            some = itertools.islice(sequence.frames(), limit)
-            yield from record_crops(bundle, some, box, name=sequence.name)
+    some = crops[:: max(len(crops) // _SENSITIVITY_CROPS, 1)]
+    cache = rank_layers(bundle, cache, some, on_progress=on_progress)
+    return keep_worst_in_float(bundle, cache, some, max_loss=max_loss)
+
+
+def _show_ranking(cache: "CalibrationCache", picture: Path) -> None:
+    rows = [
+        (name, f"{loss:.2g}", "float" if name in cache.float_layers else "INT8")
+        for name, loss in list(cache.losses.items())[:_NUM_SHOWN]
+    ]
+    title = f"the {len(rows)} of {len(cache.losses)} layers that INT8 costs most"
+    print_table(title, ("layer", "loss", "runs in"), rows)
+    typer.echo(f"layers that stay in float: {len(cache.float_layers)}")
+
+    from edgetrack.viz import plot_losses
+
+    plot_losses(cache.losses, picture, in_float=cache.float_layers, title=cache.model)
+    typer.echo(f"plot: {picture}")

@@ -88,18 +88,25 @@ class CalibrationCache:
             ) from error
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache; an interrupted or failed write leaves what was there.
+        """Write the cache, and its folder; an interrupted or failed write leaves what was there.
 
         Raises:
-            OSError: There is no room for it, or no folder.
+            CalibrationError: There is no room for it, or no leave to write there.
         """
         file = Path(path)
         partial = file.with_name(f".{file.name}.partial")
         try:
-            partial.write_text(self._text(), encoding="utf-8")
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_text(self._text(), encoding="utf-8")
+                partial.replace(file)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise CalibrationError(
+                f"{file}: expected room and leave to write the calibration cache, got: "
+                f"{error.strerror}; free some space, or choose another folder"
+            ) from error
 
     def check(self, bundle: Bundle) -> None:
         """Refuse a bundle that was not calibrated.
@@ -135,12 +142,13 @@ class CalibrationCache:
 
 
 def find_cache(bundle: Bundle, folder: str | os.PathLike[str]) -> Path | None:
-    """The cache of a bundle in a folder, the last by name; ``None`` if there is none."""
-    found = None
-    for file in sorted(Path(folder).glob(f"{bundle.name}-*.json")):
-        if CalibrationCache.read(file).bundle_digest == bundle.digest:
-            found = file
-    return found
+    """The cache of a bundle in a folder, the newest; ``None`` if there is none."""
+    files = sorted(Path(folder).glob(f"{bundle.name}-*.json"), key=_age)
+    return next((f for f in files if CalibrationCache.read(f).bundle_digest == bundle.digest), None)
+
+
+def _age(file: Path) -> tuple[int, str]:
+    return -file.stat().st_mtime_ns, file.name
 
 
 def load_cache(bundle: Bundle, path: Path | None) -> CalibrationCache:

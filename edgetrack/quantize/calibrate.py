@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrack.backends import import_package
+from edgetrack.backends.ort import refusals
 from edgetrack.bundle import Bundle, GraphSpec
 from edgetrack.errors import CalibrationError
 from edgetrack.quantize.cache import CalibrationCache
@@ -39,12 +40,16 @@ class GraphRun:
     Args:
         model: The graph; not written to.
         watched: Activations to give, besides the outputs.
+
+    Raises:
+        CalibrationError: ONNX Runtime cannot run it.
     """
 
     def __init__(self, model: "onnx.ModelProto", watched: Iterable[str] = ()) -> None:
         import onnx
 
         ort = import_package("onnxruntime")
+        refused = refusals()
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -56,9 +61,15 @@ class GraphRun:
         for name in sorted(inside):
             tapped.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
         self._outputs += sorted(inside)
-        self._session = ort.InferenceSession(
-            tapped.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self._session = ort.InferenceSession(
+                tapped.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except refused as error:
+            raise CalibrationError(
+                f"graph {model.graph.name!r}: expected one that ONNX Runtime runs, got: {error}; "
+                "update onnxruntime, or export the bundle again"
+            ) from error
 
     def run(self, state: Arrays) -> dict[str, npt.NDArray[Any]]:
         """All outputs and watched activations for the inputs that ``state`` holds by name."""
@@ -80,15 +91,16 @@ def calibrate(
     Args:
         bundle: What to calibrate.
         crops: Per frame its name and what the tracker read, by tensor name: ``template``,
-            ``template_bbox_cxcywh`` and ``search_region``, as ``runtime.recording`` gives them.
+            ``template_bbox_cxcywh`` and ``search_region``, and whatever else ``runtime.recording``
+            gives.
         method: How to choose ranges, one of ``ranges.METHODS``.
         percentile: For the method of that name: the share that is not clipped, in percent.
         smoothing: Strength of SmoothQuant, 0 to 1; 0 is none.
         on_progress: Called with the fraction done.
 
     Raises:
-        CalibrationError: There are too few crops, they show nothing, or do not fit the bundle, or
-            an activation is not finite.
+        CalibrationError: There are too few crops, they show nothing, or do not fit the bundle, an
+            activation is not finite, or ONNX Runtime cannot run a graph.
         ValueError: The method is unknown, or a number out of its range.
         BackendUnavailableError: onnx, onnx-graphsurgeon or onnxruntime is not installed.
     """
@@ -167,13 +179,14 @@ def chain_states(
     state: dict[str, npt.NDArray[Any]] = {}
     templates: dict[str, dict[str, npt.NDArray[Any]]] = {}
     for frame, tensors in crops:
-        state.update(tensors)
         key = _digest({spec.name: tensors[spec.name] for spec in bundle.template.inputs})
         if key not in templates:
-            templates[key] = runs["template"].run(state)
+            templates[key] = runs["template"].run(tensors)
             yield frame, "template", {**tensors, **templates[key]}
         state.update(templates[key])
-        for graph in bundle.segments:
+        for graph in bundle.graphs_in_turn[1:]:
+            recorded = bundle.recorded_inputs(graph)
+            state.update({spec.name: tensors[name] for name, spec in recorded.items()})
             given = runs[graph.name].run(state)
             yield frame, graph.name, {**state, **given}
             state.update({spec.name: given[spec.name] for spec in graph.outputs})
@@ -272,19 +285,14 @@ def _check_crops(bundle: Bundle, crops: list[tuple[str, Arrays]]) -> None:
             f"calibrate: expected at least {MIN_CROPS} crops, better 200, got {len(crops)}; "
             "give more frames"
         )
-    from_host = [
-        spec
-        for graph in bundle.graphs
-        for spec in graph.inputs
-        if not any(spec.name == o.name for g in bundle.graphs for o in g.outputs)
-    ]
+    recorded = {n: s for g in bundle.graphs for n, s in bundle.recorded_inputs(g).items()}
     for frame, tensors in crops:
-        for spec in from_host:
-            array = tensors.get(spec.name)
+        for name, spec in recorded.items():
+            array = tensors.get(name)
             if array is None or array.shape != spec.shape or array.dtype != spec.dtype:
                 got = "none" if array is None else f"{array.dtype} {array.shape}"
                 raise CalibrationError(
-                    f"{frame}: expected {spec.name!r} as {spec.dtype} {spec.shape}, got {got}; "
+                    f"{frame}: expected {name!r} as {spec.dtype} {spec.shape}, got {got}; "
                     f"record the crops with {bundle.name}"
                 )
     first = _first_input(bundle.segments[0])

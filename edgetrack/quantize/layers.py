@@ -134,6 +134,7 @@ class _Finder:
         values = (*inferred.input, *inferred.output, *inferred.value_info)
         self._shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
         self._decoding, self._last = self._index.split_at_last_layers()
+        self._handed_on_names = {value.name for value in inferred.output} - FP32_NAMES
 
     def find(self) -> tuple[Layer, ...]:
         layers = []
@@ -160,7 +161,8 @@ class _Finder:
             output=node.output[0],
             weight=node.input[1],
             reason=self._reason(index, weight, lambda dims: _conv_reason(dims, attributes))
-            or self._too_small(node, weight),
+            or self._too_small(node, weight)
+            or self._handed_on(node),
         )
 
     def _product(self, index: int, node: "onnx.NodeProto") -> Layer:
@@ -212,6 +214,22 @@ class _Finder:
         macs = math.prod(written) * math.prod(weight.dims[1:])
         if macs < _MIN_CONV_MACS or macs < _MIN_CONV_MACS_PER_ELEMENT * num_elements:
             return "too few products for what it reads and writes"
+        return ""
+
+    def _handed_on(self, node: "onnx.NodeProto") -> str:
+        """Why a convolution stays in float whose result leaves the graph without a layer behind.
+
+        ONNX Runtime has no INT8 convolution that writes float, and what graphs hand on is float.
+        """
+        waiting, seen = list(node.output), set(node.output)
+        while waiting:
+            name = waiting.pop()
+            if name in self._handed_on_names:
+                return "its result is handed to the next graph"
+            for reader in (self._nodes[i] for i in self._index.readers.get(name, [])):
+                if not self._index.is_layer(reader):
+                    waiting.extend(set(reader.output) - seen)
+                    seen.update(reader.output)
         return ""
 
     def _name(self, node: "onnx.NodeProto") -> str:

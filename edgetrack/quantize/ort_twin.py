@@ -5,9 +5,12 @@ The INT8 numbers are those of the Q/DQ graph; what differs is how the rest is pu
 - A linear layer and its bias become one ``MatMulIntegerToFloat``. Left to ONNX Runtime, the bias is
   a kernel of its own, or is merged before INT8 is seen, and INT8 is lost. Activations are uint8
   with zero point 128, the same numbers: its kernels for x86 take no signed ones.
+- Such a layer in front of attention becomes one ``QAttention`` with it, which puts the heads where
+  they are read.
 - A convolution also writes INT8, since there is no kernel that writes float. Behind a ReLU that is
   uint8 from 0 with the same step, so that the rounding does the ReLU's work.
-- Other weights of layers are stored as INT8 as well, and unfolded to float when a session starts.
+- Weights of float layers are stored as FP16, large ones as INT8, and unfolded to float when a
+  session starts. A deep stem in INT8 weights would cost as much as all INT8 layers together.
 
 ``ort_attention`` and ``ort_padding`` are rewrites that have nothing to do with INT8. TensorRT would
 refuse the INT32 biases; its twin is ``fp16.to_fp16`` of the Q/DQ graph.
@@ -31,8 +34,11 @@ if TYPE_CHECKING:
 __all__ = ["to_ort_twin"]
 
 _MIN_STORED_ELEMENTS = 1024
+# The larger a layer, the more bytes FP16 costs, and the less the rounding of one layer counts.
+_MAX_FP16_ELEMENTS = 40_000
 _LAYERS = ("Conv", "Gemm", "MatMul")
-_DOMAIN, _LINEAR = "com.microsoft", "MatMulIntegerToFloat"
+_DOMAIN = "com.microsoft"
+_LINEAR, _ATTENTION, _LINEAR_ATTENTION = "MatMulIntegerToFloat", "MultiHeadAttention", "QAttention"
 
 
 def to_ort_twin(quantized: "onnx.ModelProto", ranges: Mapping[str, float]) -> "onnx.ModelProto":
@@ -61,11 +67,13 @@ def to_ort_twin(quantized: "onnx.ModelProto", ranges: Mapping[str, float]) -> "o
         elif node.op == "Conv" and _is_quantized(node):
             rewriter.quantize_bias(node)
     for node in list(graph.nodes):
-        if node.op == "Conv" and _is_quantized(node):
+        if node.op == _ATTENTION:
+            rewriter.merge_attention(node)
+        elif node.op == "Conv" and _is_quantized(node):
             rewriter.write_int8(node)
     for node in list(graph.nodes):
         if node.op in _LAYERS:
-            rewriter.store_int8(node)
+            rewriter.store_small(node)
     graph.cleanup().toposort()
     graph.import_domains = _with_domain(graph.import_domains)
     twin = gs.export_onnx(graph)
@@ -107,6 +115,28 @@ class _Rewriter:
                 if isinstance(tensor, self._gs.Constant) and tuple(tensor.shape) == (width,):
                     return tensor, output.outputs[0].outputs[0]
         return None, output
+
+    def merge_attention(self, node: Any) -> None:
+        """Make one node of attention and of the INT8 projection that it alone reads."""
+        split = node.inputs[0].inputs[0]
+        packed = split.inputs[0]
+        is_handed_on = any(output is packed for output in self._graph.outputs)
+        is_alone = [reader.op for reader in packed.outputs] == ["Split"] and not is_handed_on
+        if not is_alone or [writer.op for writer in packed.inputs] != [_LINEAR]:
+            return
+        projection = packed.inputs[0]
+        steps, weight, scale, weight_scale, zero, weight_zero, *bias = projection.inputs
+        if not bias:
+            width = weight.shape[-1]
+            bias = [self._gs.Constant(f"{node.name}_bias", np.zeros(width, np.float32))]
+        mask = self._gs.Variable.empty()
+        operands = [steps, weight, *bias, scale, weight_scale, mask, zero, weight_zero]
+        attrs = {"num_heads": node.attrs["num_heads"]}
+        merged = self._gs.Node(_LINEAR_ATTENTION, node.name, attrs, operands, [], domain=_DOMAIN)
+        output = node.outputs[0]
+        node.outputs.clear()
+        merged.outputs = [output]
+        self._graph.nodes.append(merged)
 
     def _unsigned(self, dequantize: Any) -> tuple[Any, Any, Any]:
         """The steps, scale and zero point of an activation's Q/DQ, as uint8."""
@@ -159,8 +189,8 @@ class _Rewriter:
             for dequantize in list(quantize.outputs[0].outputs):
                 dequantize.inputs = [steps, *operands]
 
-    def store_int8(self, node: Any) -> None:
-        """Store a float weight as INT8 with a scale per output channel."""
+    def store_small(self, node: Any) -> None:
+        """Store a float weight as FP16, or a large one as INT8 with a scale per output channel."""
         weight = node.inputs[1]
         if not isinstance(weight, self._gs.Constant) or weight.dtype != np.float32:
             return
@@ -170,7 +200,12 @@ class _Rewriter:
         axis = 0 if is_transposed else weight.values.ndim - 1
         key = f"{weight.name}_{axis}"
         if key not in self._done:
-            self._done[key] = self._unfolded(key, weight.values, axis)
+            is_half = weight.values.size <= _MAX_FP16_ELEMENTS and _fits_fp16(weight.values)
+            self._done[key] = (
+                self._cast(key, weight.values.astype(np.float16))
+                if is_half
+                else self._unfolded(key, weight.values, axis)
+            )
         node.inputs[1] = self._done[key]
 
     def _unfolded(self, name: str, weight: npt.NDArray[np.float32], axis: int) -> Any:
@@ -179,10 +214,13 @@ class _Rewriter:
         largest = np.abs(weight).max(others, keepdims=True)
         scales = np.where(largest > 0, largest / INT8_MAX, 1).astype(np.float32)
         values = np.rint(weight / scales).astype(np.int8)
-        stored = self._gs.Constant(f"{name}_stored", values)
         per_channel = self._gs.Constant(f"{name}_scale", scales)
-        cast = self._append("Cast", [stored], self._variable(f"{name}_cast"), to=np.float32)
-        return self._append("Mul", [cast, per_channel], self._variable(f"{name}_float"))
+        operands = [self._cast(name, values), per_channel]
+        return self._append("Mul", operands, self._variable(f"{name}_float"))
+
+    def _cast(self, name: str, values: npt.NDArray[Any]) -> Any:
+        stored = self._gs.Constant(f"{name}_stored", values)
+        return self._append("Cast", [stored], self._variable(f"{name}_cast"), to=np.float32)
 
     def _variable(self, name: str) -> Any:
         return self._gs.Variable(name)
@@ -191,6 +229,10 @@ class _Rewriter:
         node = self._gs.Node(op, f"{output.name}/{op}", attributes, inputs, [output])
         self._graph.nodes.append(node)
         return output
+
+
+def _fits_fp16(values: npt.NDArray[np.float32]) -> bool:
+    return bool(np.abs(values).max() <= np.finfo(np.float16).max)
 
 
 def _is_quantized(node: Any) -> bool:

@@ -138,8 +138,9 @@ class _Chain:
     def _answers(self, runs: Mapping[str, GraphRun]) -> tuple[Float64Array, Float64Array]:
         """Boxes ``(N, 4)`` cxcywh and uncertainties ``(N,)`` of all exits on all crops."""
         boxes, uncertainty = [], []
+        answering = {graph.name for graph in self._bundle.heads or self._bundle.segments}
         for _, graph, state in chain_states(self._bundle, runs, self._crops):
-            if graph != self._bundle.template.name:
+            if graph in answering:
                 boxes.append(state["bbox_cxcywh"][0].astype(np.float64))
                 uncertainty.append(float(state["uncertainty"][0]))
         if not boxes:

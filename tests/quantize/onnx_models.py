@@ -10,6 +10,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 WIDTH, NUM_TOKENS, NUM_BLOCKS = 64, 48, 3
+NUM_ATTENDING, NUM_HEADS, HEAD = 12, 3, 8
+ATTENTION_WIDTH = NUM_HEADS * HEAD
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -74,6 +76,59 @@ def mlp_blocks(*, outlier: float = 1.0, seed: int = 0) -> onnx.ModelProto:
         last = out
     shape = [1, NUM_TOKENS, WIDTH]
     return model_of(nodes, {"tokens_in": shape}, {"tokens": shape}, weights)
+
+
+def attention(
+    *,
+    scale: float = HEAD**-0.5,
+    order: str = "qkv",
+    projection: npt.NDArray[np.float32] | None = None,
+    bias: npt.NDArray[np.float32] | None = None,
+) -> onnx.ModelProto:
+    """Self-attention as an exporter might write it, from a packed projection.
+
+    The projection is the sum ``packed_in`` + 0, or the product of ``tokens_in`` and ``projection``,
+    plus ``bias``.
+    """
+    parts = {name: f"part_{order.index(name)}" for name in "qkv"}
+    split = ["part_0", "part_1", "part_2"]
+    if projection is None:
+        nodes = [helper.make_node("Add", ["packed_in", "zero"], ["packed"])]
+    elif bias is None:
+        nodes = [helper.make_node("MatMul", ["tokens_in", "packed.weight"], ["packed"])]
+    else:
+        nodes = [
+            helper.make_node("MatMul", ["tokens_in", "packed.weight"], ["product"]),
+            helper.make_node("Add", ["product", "packed.bias"], ["packed"]),
+        ]
+    nodes += [
+        helper.make_node("Reshape", ["packed", "heads_shape"], ["heads"]),
+        helper.make_node("Transpose", ["heads"], ["ordered"], perm=[2, 0, 3, 1, 4]),
+        helper.make_node("Split", ["ordered"], [f"{s}_5d" for s in split], axis=0, num_outputs=3),
+        *[helper.make_node("Squeeze", [f"{s}_5d", "first_axis"], [s]) for s in split],
+        helper.make_node("Transpose", [parts["k"]], ["key"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", [parts["q"], "key"], ["logits"]),
+        helper.make_node("Mul", ["logits", "scale"], ["scaled"]),
+        helper.make_node("Softmax", ["scaled"], ["probs"], axis=-1),
+        helper.make_node("MatMul", ["probs", parts["v"]], ["context"]),
+        helper.make_node("Transpose", ["context"], ["rows"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["rows", "rows_shape"], ["joined"]),
+        helper.make_node("Identity", ["joined"], ["tokens"]),
+    ]
+    weights: dict[str, Any] = {
+        "heads_shape": np.array([1, NUM_ATTENDING, 3, NUM_HEADS, HEAD]),
+        "first_axis": np.array([0]),
+        "rows_shape": np.array([1, NUM_ATTENDING, ATTENTION_WIDTH]),
+        "scale": np.float32(scale),
+        "zero": np.zeros(1, np.float32),
+    }
+    shapes = {"packed_in": [1, NUM_ATTENDING, 3 * ATTENTION_WIDTH]}
+    if projection is not None:
+        weights["packed.weight"] = projection
+        shapes = {"tokens_in": [1, NUM_ATTENDING, len(projection)]}
+    if bias is not None:
+        weights["packed.bias"] = bias
+    return model_of(nodes, shapes, {"tokens": [1, NUM_ATTENDING, ATTENTION_WIDTH]}, weights)
 
 
 def tokens(seed: int) -> npt.NDArray[np.float32]:

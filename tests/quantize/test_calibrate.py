@@ -10,6 +10,7 @@ from recorded import record_inputs
 from toy_bundle import write_toy_bundle
 
 from edgetrack.bundle import Bundle
+from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import CalibrationError
 from edgetrack.quantize.cache import CalibrationCache
 from edgetrack.quantize.calibrate import (
@@ -21,6 +22,7 @@ from edgetrack.quantize.calibrate import (
 )
 from edgetrack.quantize.ranges import METHODS
 from edgetrack.quantize.smooth import smoothable_tensors
+from edgetrack.runtime.recording import record_crops
 
 NamedCrops = list[tuple[str, dict[str, Any]]]
 
@@ -136,6 +138,48 @@ def test_a_template_is_run_once(shipped_bundle: Bundle, crops: NamedCrops) -> No
     assert graphs.count("segment_2") == len(crops)
 
 
+@pytest.fixture(scope="module")
+def carried_crops(toy_with_memory: Bundle) -> NamedCrops:
+    clip = list(render_clip(num_frames=MIN_CROPS + 1, width=160, height=120))
+    frames = [frame for frame, _ in clip]
+    return list(record_crops(toy_with_memory, frames, clip[0][1].tolist(), name="clip"))
+
+
+def test_heads_and_updates_run_on_what_was_carried_into_their_frame(
+    toy_with_memory: Bundle, carried_crops: NamedCrops
+) -> None:
+    bundle = toy_with_memory
+    runs = {g.name: GraphRun(onnx.load(bundle.graph_path(g))) for g in bundle.graphs}
+
+    states = list(chain_states(bundle, runs, carried_crops))
+
+    exits = [f"{kind}_{k}" for k in range(3) for kind in ("segment", "head")]
+    assert [graph for _, graph, _ in states] == ["template", *[*exits, "update"] * MIN_CROPS]
+    updates = [state for _, graph, state in states if graph == "update"]
+    for before, (_, after) in zip(updates, carried_crops[1:], strict=False):
+        np.testing.assert_allclose(before["next_memory"], after["memory"], atol=1e-6)
+        np.testing.assert_array_equal(before["next_age"], after["age"])
+
+
+def test_heads_and_updates_have_ranges(toy_with_memory: Bundle, carried_crops: NamedCrops) -> None:
+    cache = calibrate(toy_with_memory, carried_crops)
+
+    assert {name for name, ranges in cache.ranges.items() if ranges} == {
+        graph.name for graph in toy_with_memory.graphs
+    }
+
+
+def test_crops_without_what_was_carried_are_refused(
+    toy_with_memory: Bundle, carried_crops: NamedCrops
+) -> None:
+    crops = [(name, {**tensors}) for name, tensors in carried_crops]
+    del crops[3][1]["update.template"]
+
+    message = r"clip/000004: expected 'update.template' as uint8 .*, got none; record the crops wi"
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(toy_with_memory, crops)
+
+
 def test_progress_ends_at_one(toy: Bundle, toy_crops: NamedCrops) -> None:
     fractions: list[float] = []
 
@@ -188,6 +232,26 @@ def test_activations_that_are_not_finite_are_refused_by_name(
 
     expected = r"segment_2: expected finite activations, got nan at 'tokens_1' on 'clip/000000'"
     with pytest.raises(CalibrationError, match=expected):
+        calibrate(bundle, toy_crops)
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        ("NoSuchOperator", "expected one that ONNX Runtime runs, got: .*NoSuchOperator"),
+        ("If", r"segment_1\.onnx: expected a graph without control flow, got \['If'\]; export"),
+    ],
+)
+def test_a_graph_that_cannot_be_run_or_quantised_is_refused(
+    toy_crops: NamedCrops, tmp_path: Path, operator: str, message: str
+) -> None:
+    bundle = write_toy_bundle(tmp_path / "toy")
+    path = bundle.graph_path(bundle.segments[1])
+    model = onnx.load(path)
+    model.graph.node.add(op_type=operator, input=["score"], output=["unread"])
+    onnx.save(model, path)
+
+    with pytest.raises(CalibrationError, match=message):
         calibrate(bundle, toy_crops)
 
 

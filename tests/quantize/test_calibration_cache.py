@@ -1,5 +1,9 @@
+import contextlib
 import dataclasses
 import json
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,17 @@ def file(cache: CalibrationCache, tmp_path: Path) -> Path:
 def rewrite(file: Path, **changes: Any) -> None:
     content = json.loads(file.read_text("utf-8"))
     file.write_text(json.dumps(content | changes), "utf-8")
+
+
+@contextlib.contextmanager
+def limited_file_size(size_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_was_written_is_read(cache: CalibrationCache, file: Path) -> None:
@@ -104,10 +119,10 @@ def test_a_missing_output_of_a_convolution_is_named(
     cache: CalibrationCache, shipped_bundle: Bundle
 ) -> None:
     ranges = {graph: dict(of_graph) for graph, of_graph in cache.ranges.items()}
-    del ranges["segment_0"]["relu"]
+    del ranges["segment_0"]["relu_4"]
     without = dataclasses.replace(cache, ranges=ranges)
 
-    with pytest.raises(CalibrationError, match="expected a range for 'relu' of segment_0"):
+    with pytest.raises(CalibrationError, match="expected a range for 'relu_4' of segment_0"):
         quantize_bundle(shipped_bundle, without, runtime="onnxruntime")
 
 
@@ -134,6 +149,27 @@ def test_an_interrupted_write_leaves_what_was_there(
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_a_full_disk_is_told_and_leaves_what_was_there(cache: CalibrationCache, file: Path) -> None:
+    before = file.read_bytes()
+
+    with limited_file_size(1000), pytest.raises(CalibrationError, match="expected room and leave"):
+        dataclasses.replace(cache, float_layers=("segment_1/a",)).write(file)
+
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_place_that_is_no_folder_is_told(cache: CalibrationCache, file: Path) -> None:
+    with pytest.raises(CalibrationError, match="expected room and leave to write"):
+        cache.write(file / "below.json")
+
+
+def test_a_folder_is_made_where_there_is_none(cache: CalibrationCache, tmp_path: Path) -> None:
+    cache.write(tmp_path / "new" / "cache.json")
+
+    assert CalibrationCache.read(tmp_path / "new" / "cache.json") == cache
+
+
 def test_the_cache_of_a_bundle_is_found(
     cache: CalibrationCache, file: Path, shipped_bundle: Bundle, toy: Bundle
 ) -> None:
@@ -143,6 +179,21 @@ def test_the_cache_of_a_bundle_is_found(
     assert find_cache(shipped_bundle, file.parent) == file
     assert find_cache(toy, file.parent) is None
     assert find_cache(shipped_bundle, file.parent / "none") is None
+
+
+def test_of_several_caches_the_newest_is_found(
+    cache: CalibrationCache, shipped_bundle: Bundle, tmp_path: Path
+) -> None:
+    names = ("b", "a", "c")
+    for age, name in enumerate(names):
+        path = tmp_path / f"{cache.model}-{name}.json"
+        cache.write(path)
+        os.utime(path, (1_000_000 - age, 1_000_000 - age))
+
+    found = find_cache(shipped_bundle, tmp_path)
+
+    assert found is not None
+    assert found.name.endswith("-b.json")
 
 
 def test_the_committed_cache_fits_the_bundle_that_ships(shipped_bundle: Bundle) -> None:

@@ -4,50 +4,18 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from onnx_models import model_of, operators_of, run
+from onnx_models import ATTENTION_WIDTH, NUM_ATTENDING, NUM_HEADS, attention, operators_of, run
 from tolerances import FROM_TWIN
 
 from edgetrack.bundle import Bundle
 from edgetrack.quantize.ort_attention import fuse_attention
 
-NUM_TOKENS, NUM_HEADS, HEAD = 12, 3, 8
-WIDTH = NUM_HEADS * HEAD
-
-
-def attention(*, scale: float = HEAD**-0.5, order: str = "qkv") -> onnx.ModelProto:
-    """Self-attention as an exporter might write it, from a packed projection."""
-    parts = {name: f"part_{order.index(name)}" for name in "qkv"}
-    split = ["part_0", "part_1", "part_2"]
-    nodes = [
-        helper.make_node("Reshape", ["packed", "heads_shape"], ["heads"]),
-        helper.make_node("Transpose", ["heads"], ["ordered"], perm=[2, 0, 3, 1, 4]),
-        helper.make_node("Split", ["ordered"], [f"{s}_5d" for s in split], axis=0, num_outputs=3),
-        *[helper.make_node("Squeeze", [f"{s}_5d", "first_axis"], [s]) for s in split],
-        helper.make_node("Transpose", [parts["k"]], ["key"], perm=[0, 1, 3, 2]),
-        helper.make_node("MatMul", [parts["q"], "key"], ["logits"]),
-        helper.make_node("Mul", ["logits", "scale"], ["scaled"]),
-        helper.make_node("Softmax", ["scaled"], ["probs"], axis=-1),
-        helper.make_node("MatMul", ["probs", parts["v"]], ["context"]),
-        helper.make_node("Transpose", ["context"], ["rows"], perm=[0, 2, 1, 3]),
-        helper.make_node("Reshape", ["rows", "rows_shape"], ["joined"]),
-        helper.make_node("Identity", ["joined"], ["tokens"]),
-        helper.make_node("Add", ["packed_in", "zero"], ["packed"]),
-    ]
-    nodes.insert(0, nodes.pop())
-    weights: dict[str, Any] = {
-        "heads_shape": np.array([1, NUM_TOKENS, 3, NUM_HEADS, HEAD]),
-        "first_axis": np.array([0]),
-        "rows_shape": np.array([1, NUM_TOKENS, WIDTH]),
-        "scale": np.float32(scale),
-        "zero": np.zeros(1, np.float32),
-    }
-    shapes = {"packed_in": [1, NUM_TOKENS, 3 * WIDTH]}
-    return model_of(nodes, shapes, {"tokens": [1, NUM_TOKENS, WIDTH]}, weights)
-
 
 def inputs() -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    return {"packed_in": rng.normal(size=(1, NUM_TOKENS, 3 * WIDTH)).astype(np.float32)}
+    return {
+        "packed_in": rng.normal(size=(1, NUM_ATTENDING, 3 * ATTENTION_WIDTH)).astype(np.float32)
+    }
 
 
 def test_attention_becomes_one_node_that_computes_the_same() -> None:
@@ -83,7 +51,7 @@ def test_what_is_almost_attention_is_left_alone(other: dict[str, Any]) -> None:
 def test_attention_whose_weights_are_handed_on_is_left_alone() -> None:
     model = attention()
     probs = helper.make_tensor_value_info(
-        "probs", onnx.TensorProto.FLOAT, [1, NUM_HEADS, NUM_TOKENS, NUM_TOKENS]
+        "probs", onnx.TensorProto.FLOAT, [1, NUM_HEADS, NUM_ATTENDING, NUM_ATTENDING]
     )
     model.graph.output.append(probs)
 

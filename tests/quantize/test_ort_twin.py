@@ -7,14 +7,25 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx_models import mlp_blocks, operators_of, relative_error, run, tokens, weights_of
+from onnx import helper
+from onnx_models import (
+    attention,
+    mlp_blocks,
+    model_of,
+    operators_of,
+    relative_error,
+    run,
+    tokens,
+    weights_of,
+)
+from tolerances import FROM_TWIN
 
 from edgetrack.backends.ort import OnnxRuntimeBackend
 from edgetrack.bundle import ANSWER_NAMES, Bundle
 from edgetrack.quantize.cache import CalibrationCache
 from edgetrack.quantize.calibrate import GraphRun, chain_states
 from edgetrack.quantize.int8 import quantize_bundle, write_int8_graphs
-from edgetrack.quantize.layers import find_layers
+from edgetrack.quantize.layers import Layer, find_layers
 from edgetrack.quantize.ort_twin import to_ort_twin
 from edgetrack.quantize.qdq import insert_qdq
 from edgetrack.runtime.buffers import allocate
@@ -27,6 +38,10 @@ NamedCrops = list[tuple[str, dict[str, Any]]]
 @pytest.fixture(scope="module")
 def twins(shipped_bundle: Bundle, cache: CalibrationCache) -> dict[str, onnx.ModelProto]:
     return quantize_bundle(shipped_bundle, cache, runtime="onnxruntime")
+
+
+def int8_layers(model: onnx.ModelProto) -> list[Layer]:
+    return [layer for layer in find_layers(model) if not layer.reason]
 
 
 def optimised(model: onnx.ModelProto, folder: Path) -> Counter[str]:
@@ -65,6 +80,32 @@ def test_a_linear_layer_and_its_bias_are_one_kernel() -> None:
     assert operators["Add"] == 3  # the residuals
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_attention_and_its_projection_are_one_node_with_the_same_numbers(has_bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(32, 72), scale=0.2).astype(np.float32)
+    bias = rng.normal(size=72).astype(np.float32) if has_bias else None
+    model = attention(projection=weight, bias=bias)
+    quantized = insert_qdq(model, int8_layers(model), {"tokens_in": 4.0})
+    given = {"tokens_in": rng.normal(size=(1, 12, 32)).astype(np.float32)}
+
+    twin = to_ort_twin(quantized, {})
+
+    assert operators_of(twin) == ["Identity", "QAttention", "QuantizeLinear"]
+    got, expected = run(twin, given)["tokens"], run(quantized, given)["tokens"]
+    np.testing.assert_allclose(got, expected, atol=FROM_TWIN["float32"])
+
+
+def test_a_projection_that_is_also_read_elsewhere_stays_beside_attention() -> None:
+    model = attention(projection=np.eye(32, 72, dtype=np.float32))
+    model.graph.output.append(helper.make_tensor_value_info("packed", 1, [1, 12, 72]))
+    quantized = insert_qdq(model, int8_layers(model), {"tokens_in": 4.0})
+
+    twin = to_ort_twin(quantized, {})
+
+    assert {"MatMulIntegerToFloat", "MultiHeadAttention"} < set(operators_of(twin))
+
+
 def test_each_quantised_layer_runs_in_int8(
     twins: dict[str, onnx.ModelProto], tmp_path: Path
 ) -> None:
@@ -72,9 +113,9 @@ def test_each_quantised_layer_runs_in_int8(
 
     linear = {name: count["MatMulIntegerToFloat"] for name, count in found.items()}
     conv = {name: count["QLinearConv"] for name, count in found.items()}
-    attention = {name: count["MultiHeadAttention"] for name, count in found.items()}
-    assert linear == {"template": 0, "segment_0": 0, "segment_1": 17, "segment_2": 12}
-    assert conv == {"template": 0, "segment_0": 2, "segment_1": 0, "segment_2": 1}
+    attention = {name: count["QAttention"] for name, count in found.items()}
+    assert linear == {"template": 0, "segment_0": 0, "segment_1": 13, "segment_2": 9}
+    assert conv == {"template": 0, "segment_0": 1, "segment_1": 0, "segment_2": 1}
     assert attention == {"template": 0, "segment_0": 0, "segment_1": 4, "segment_2": 3}
 
 
@@ -108,15 +149,37 @@ def test_answers_are_close_to_those_of_the_bundle(
     assert 0 < worst["uncertainty"] < 0.03
 
 
-def test_weights_of_float_layers_are_stored_as_int8(twins: dict[str, onnx.ModelProto]) -> None:
-    large = {
-        name: weight.shape
+def test_weights_of_float_layers_are_stored_as_fp16_and_large_ones_as_int8(
+    twins: dict[str, onnx.ModelProto],
+) -> None:
+    stored = weights_of(twins["segment_1"])
+    large = stored["model.correlation.to_tokens.weight_0_stored"]
+    small = stored["model.backbone.to_tokens.0.weight_0_stored"]
+
+    assert (large.size, large.dtype.name) == (92_160, "int8")
+    assert (small.size, small.dtype.name) == (37_120, "float16")
+    read_by_layers = {
+        node.input[1] for m in twins.values() for node in m.graph.node if node.op_type == "Conv"
+    }
+    as_floats = [
+        weight.size
         for model in twins.values()
         for name, weight in weights_of(model).items()
-        if weight.dtype == np.float32 and weight.ndim > 1 and weight.size >= 16384
-    }
+        if name in read_by_layers
+    ]
+    assert max(as_floats) < 1024
 
-    assert large == {}
+
+def test_a_weight_beyond_fp16_is_stored_as_int8() -> None:
+    weight = np.full((32, 32, 1, 1), 7.0e4, np.float32)
+    node = helper.make_node("Conv", ["x", "conv.weight"], ["map"])
+    model = model_of([node], {"x": [1, 32, 4, 4]}, {"map": [1, 32, 4, 4]}, {"conv.weight": weight})
+    given = {"x": np.ones((1, 32, 4, 4), np.float32)}
+
+    twin = to_ort_twin(model, {})
+
+    np.testing.assert_allclose(run(twin, given)["map"], run(model, given)["map"], rtol=1e-6)
+    assert weights_of(twin)["conv.weight_0_stored"].dtype == np.int8
 
 
 def test_int8_engines_are_a_third_of_the_size(
@@ -168,7 +231,7 @@ def test_a_relu_behind_a_convolution_is_done_by_the_rounding(
 
     twin = twins["segment_0"]
 
-    assert before.count("Relu") - operators_of(twin).count("Relu") == 2
+    assert before.count("Relu") - operators_of(twin).count("Relu") == 1
     unsigned = [w for w in weights_of(twin).values() if w.dtype == np.uint8 and w.ndim == 0]
     assert 0 in unsigned
 
@@ -182,7 +245,9 @@ def test_layers_that_the_cache_keeps_are_float(
 
     twin = quantize_bundle(shipped_bundle, kept, runtime="onnxruntime")["segment_2"]
 
-    assert operators_of(twin).count("MatMulIntegerToFloat") == 11
+    found = Counter(operators_of(twin))
+    assert (found["MatMulIntegerToFloat"], found["QAttention"]) == (9, 2)
+    assert found["MultiHeadAttention"] == 1
 
 
 def test_layers_that_saw_only_zeros_are_float(
@@ -218,9 +283,6 @@ def test_the_argument_is_not_written_to() -> None:
 
 
 def test_a_linear_layer_without_bias_and_a_transposed_one() -> None:
-    from onnx import helper
-    from onnx_models import model_of
-
     rng = np.random.default_rng(0)
     nodes = [
         helper.make_node("MatMul", ["x", "first.weight"], ["hidden"]),

@@ -19,17 +19,20 @@ def layers_of(model: onnx.ModelProto, **options: bool) -> dict[str, Layer]:
 
 
 def conv_of(weight: Any, *, side: int = 32, group: int = 1) -> Layer:
+    """The first of two convolutions, the last of which hands on."""
     channels = weight.shape[1] * group
     pads = [weight.shape[2] // 2] * 4
-    node = helper.make_node("Conv", ["x", "conv.weight"], ["tokens"], group=group, pads=pads)
+    nodes = [
+        helper.make_node("Conv", ["x", "conv.weight"], ["map"], group=group, pads=pads),
+        helper.make_node("Conv", ["map", "last.weight"], ["tokens"]),
+    ]
     model = model_of(
-        [node],
+        nodes,
         {"x": [1, channels, side, side]},
-        {"tokens": [1, weight.shape[0], side, side]},
-        {"conv.weight": weight},
+        {"tokens": [1, 16, side, side]},
+        {"conv.weight": weight, "last.weight": zeros(16, weight.shape[0], 1, 1)},
     )
-    (layer,) = find_layers(model)
-    return layer
+    return find_layers(model)[0]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,12 @@ def test_pixels_and_depthwise_convolutions_stay_in_float(
     depthwise = [layer for name, layer in layers.items() if name.endswith(".dw")]
     assert len(depthwise) == 5
     assert {layer.reason for layer in depthwise} == {"a depthwise or grouped convolution"}
+
+
+def test_what_is_handed_on_stays_in_float(shipped_layers: dict[str, dict[str, Layer]]) -> None:
+    layer = shipped_layers["segment_0"]["correlation.mix.1.0"]
+
+    assert layer.reason == "its result is handed to the next graph"
 
 
 def test_decoding_holds_no_layers(shipped_layers: dict[str, dict[str, Layer]]) -> None:

@@ -12,7 +12,7 @@ from edgetrack.quantize.int8 import planned_layers, quantize_bundle
 from edgetrack.quantize.sensitivity import keep_worst_in_float, rank_layers
 
 NamedCrops = list[tuple[str, dict[str, Any]]]
-BAD = "segment_0/correlation.mix.1.0"
+BAD = "segment_1/exits.1.bypass.reduce"
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_the_layer_that_suffers_most_comes_first(ranked: CalibrationCache) -> No
 def test_every_int8_layer_is_ranked(shipped_bundle: Bundle, ranked: CalibrationCache) -> None:
     quantized = quantize_bundle(shipped_bundle, ranked)
 
-    assert len(ranked.losses) == 32
-    assert sum(operators_of(m).count("QuantizeLinear") for m in quantized.values()) == 32
+    assert len(ranked.losses) == 31
+    assert sum(operators_of(m).count("QuantizeLinear") for m in quantized.values()) == 31
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_the_worst_are_kept_in_float_until_the_budget_holds(
 
     assert kept.float_layers == (BAD,)
     before, after = (
-        operators_of(quantize_bundle(shipped_bundle, cache)["segment_0"]).count("QuantizeLinear")
+        operators_of(quantize_bundle(shipped_bundle, cache)["segment_1"]).count("QuantizeLinear")
         for cache in (ranked, kept)
     )
     assert after == before - 1

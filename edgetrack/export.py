@@ -1,10 +1,11 @@
 """A segmented model → a bundle: one ONNX graph per segment, the manifest, the weights."""
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -72,7 +73,7 @@ def export_bundle(
         )
     model.eval()
     with whole_folder(output) as folder:
-        template, *segments = _export_graphs(model, folder)
+        graphs = _export_graphs(model, folder)
         weights = save({k: v.contiguous() for k, v in model.state_dict().items()})
         (folder / WEIGHTS_NAME).write_bytes(weights)  # ``save_file`` lets only its owner read it
         Bundle(
@@ -82,14 +83,17 @@ def export_bundle(
             paper=model.paper,
             config=model.config_dict,
             crops=model.crops,
-            template=template,
-            segments=tuple(segments),
+            template=graphs["template"],
+            segments=tuple(graphs[f"segment_{k}"] for k in range(model.num_exits)),
             operating_points={k: tuple(v) for k, v in operating_points.items()},
             operating_point=operating_point,
             criterion=criterion,
             rules=dict(rules),
             provenance=provenance,
             licence=licence,
+            heads=tuple(graphs[f"head_{k}"] for k in range(model.num_exits) if model.has_heads),
+            update=graphs.get("update"),
+            carried=dict(model.carried),
         ).write()
     return Bundle.load(output)
 
@@ -97,43 +101,52 @@ def export_bundle(
 class _Graph(nn.Module):
     """One graph of the bundle as a module with positional inputs and outputs."""
 
-    def __init__(self, model: SegmentedModel, index: int | None, inputs: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: SegmentedModel, inputs: tuple[str, ...], run: Callable[[State], State]
+    ) -> None:
         super().__init__()
-        self.model, self.index, self.inputs = model, index, inputs
-
-    def run(self, state: Mapping[str, Tensor]) -> State:
-        if self.index is None:
-            return self.model.embed_template(state["template"], state["template_bbox_cxcywh"])
-        return self.model.run_segment(self.index, state)
+        self.model, self.inputs, self.run = model, inputs, run
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.run(dict(zip(self.inputs, tensors, strict=True))).values())
 
 
+def _graphs_of(model: SegmentedModel) -> dict[str, _Graph]:
+    """All graphs by name, in the order in which they can run."""
+
+    def embed(state: State) -> State:
+        return model.embed_template(state["template"], state["template_bbox_cxcywh"])
+
+    graphs = {"template": _Graph(model, ("template", "template_bbox_cxcywh"), embed)}
+    for k in range(model.num_exits):
+        run = functools.partial(model.run_segment, k)
+        graphs[f"segment_{k}"] = _Graph(model, model.segment_inputs(k), run)
+        if model.has_heads:
+            run = functools.partial(model.run_head, k)
+            graphs[f"head_{k}"] = _Graph(model, model.head_inputs(k), run)
+    if model.update_inputs:
+        graphs["update"] = _Graph(model, model.update_inputs, model.run_update)
+    return graphs
+
+
 @torch.no_grad()
-def _export_graphs(model: SegmentedModel, folder: Path) -> list[GraphSpec]:
+def _export_graphs(model: SegmentedModel, folder: Path) -> dict[str, GraphSpec]:
     state = _example_inputs(model)
-    specs = []
-    for index in (None, *range(model.num_exits)):
-        inputs = (
-            ("template", "template_bbox_cxcywh") if index is None else model.segment_inputs(index)
-        )
-        graph = _Graph(model, index, inputs)
-        name = "template" if index is None else f"segment_{index}"
+    specs = {}
+    for name, graph in _graphs_of(model).items():
+        inputs = graph.inputs
         # The counter knows the products of the plain kernel, not those inside a fused one.
         with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
-            written = graph.run(state)
+            written = graph.run({n: state[n] for n in inputs})
         path = folder / f"{name}.onnx"
         _export_graph(graph, tuple(state[n] for n in inputs), path, outputs=tuple(written))
         state |= written
-        specs.append(
-            GraphSpec(
-                name=name,
-                file=path.name,
-                inputs=_specs(_used(path, inputs), state),
-                outputs=_specs(tuple(written), state),
-                macs=counter.get_total_flops() // 2,
-            )
+        specs[name] = GraphSpec(
+            name=name,
+            file=path.name,
+            inputs=_specs(_used(path, inputs), state),
+            outputs=_specs(tuple(written), state),
+            macs=counter.get_total_flops() // 2,
         )
     return specs
 

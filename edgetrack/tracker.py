@@ -16,6 +16,7 @@ from edgetrack.boxes import as_bbox_xywh
 from edgetrack.bundle import Bundle
 from edgetrack.errors import (
     BundleFormatError,
+    EngineMismatchError,
     EngineNotFoundError,
     FrameSizeError,
     TrackerStateError,
@@ -36,6 +37,7 @@ class Tracker:
         backend: One of ``edgetrack.backends.BACKEND_NAMES``, or a backend of your own.
         precision: ``None`` is the backend's own default.
         operating_point: A named pair of speed and accuracy of the bundle; ``None`` is its default.
+            INT8 engines have thresholds of their own for it.
         exit_policy: When to stop early, instead of the operating point.
         rules: How answers become the target's state, instead of the bundle's own rules.
         engines: Folder where ``edgetrack build`` put engines. ONNX Runtime starts straight from
@@ -110,6 +112,8 @@ class Tracker:
         self.backend = chosen.name
         self.precision = chosen.precisions[0] if precision is None else precision
         load = _Loader(self.bundle, chosen, precision=self.precision, root=Path(engines))
+        if exit_policy is None:
+            policy = load.fitted(policy, operating_point)
         self._loop = _open_loop(load, self.rules, exit_decision, policy)
         self.engines_path = load.path
         self._exit_policy = policy
@@ -152,6 +156,7 @@ class Tracker:
     def stage_ms(self) -> Mapping[str, float]:
         """Time of the last update: ``crop``, each ``segment_<k>`` that ran, ``decide``.
 
+        With heads also the ``head_<k>`` that ran, and ``update`` if the bundle carries state.
         On a CUDA device that is GPU time, and only known where ``exit_decision`` is ``host``.
         """
         return self._loop.stage_ms
@@ -287,6 +292,24 @@ class _Loader:
                 f"{root}: expected INT8 engines of {bundle.name} for {backend.name}, got none; "
                 "run: edgetrack build --precision int8"
             )
+
+    def fitted(self, policy: ExitPolicy, operating_point: str | None) -> ExitPolicy:
+        """The policy of an operating point with the thresholds that these engines need for it.
+
+        Raises:
+            EngineMismatchError: They were fitted to other thresholds than the bundle now has.
+        """
+        if self._built is None or not self._built.operating_points:
+            return policy
+        name = self.bundle.operating_point if operating_point is None else operating_point
+        points = (self._built.key.quantization or {}).get("operating_points", {})
+        if points.get(name) != list(policy.thresholds):
+            raise EngineMismatchError(
+                f"{self._built.path}: expected engines for the thresholds "
+                f"{list(policy.thresholds)} of {name!r}, got those for {points.get(name)}; run: "
+                "edgetrack build --precision int8"
+            )
+        return ExitPolicy(self._built.operating_points[name], policy.criterion)
 
     def __call__(self, opened: contextlib.ExitStack) -> list[Engine | DeviceEngine]:
         """All engines; each is entered into ``opened``, so that one that fails frees the others."""

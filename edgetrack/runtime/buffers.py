@@ -38,6 +38,7 @@ class DeviceBuffers:
 
     Attributes:
         addresses: Tensor name → device address.
+        sizes: Tensor name → bytes, a multiple of 256.
         scratch: Device address of the scratch memory.
         num_bytes: Size of the block.
 
@@ -53,11 +54,15 @@ class DeviceBuffers:
         self._context = context
         self._shapes = {name: spec.shape for name, spec in _tensors(bundle).items()}
         self._dtypes = _dtypes(bundle, engines)
+        self.sizes: Mapping[str, int] = {
+            name: _rounded(math.prod(shape) * self._dtypes[name].itemsize)
+            for name, shape in self._shapes.items()
+        }
         offsets: dict[str, int] = {}
         size = 0
-        for name, shape in self._shapes.items():
+        for name, num_bytes in self.sizes.items():
             offsets[name] = size
-            size += _rounded(math.prod(shape) * self._dtypes[name].itemsize)
+            size += num_bytes
         self.num_bytes = size + max(engine.scratch_bytes for engine in engines)
         self._memory = context.allocate(self.num_bytes, what=f"the buffers of {bundle.name}")
         base = self._memory.address
@@ -99,6 +104,12 @@ def _dtypes(bundle: Bundle, engines: list[DeviceEngine]) -> dict[str, np.dtype[A
                     f"{graph.name}: expected {spec.name!r} as {found[spec.name]}, as the engines "
                     f"before it have it, got {dtype}; run: edgetrack build --force"
                 )
+    for name, source in bundle.carried.items():
+        if found[name] != found[source]:
+            raise EngineMismatchError(
+                f"carried {name!r}: expected {source!r} as {found[name]}, as the template graph's "
+                f"engine has it, got {found[source]}; run: edgetrack build --force"
+            )
     return {name: np.dtype(dtype) for name, dtype in found.items()}
 
 

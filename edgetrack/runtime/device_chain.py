@@ -1,12 +1,13 @@
 """The host decides, on a device: per segment by a flag in mapped memory, or by waiting.
 
 ``FlagChain`` is for drivers without conditional nodes: a graph per segment, whose gate tells the
-host through a word that both see. ``HostChain`` waits for each segment and asks the exit policy
-itself, so that any policy works and each stage can be timed; it is the reference of the other two.
+host through a word that both see, and one for what follows the exit that was taken. ``HostChain``
+waits for each segment and asks the exit policy itself, so that any policy works and each stage can
+be timed; it is the reference of the other two.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -44,7 +45,7 @@ def wait_for(is_there: Callable[[], bool], stream: Stream, *, what: str) -> None
 
 
 class FlagChain:
-    """A graph per segment; the host reads one word before it starts the next.
+    """A graph per segment and for the rest; the host reads one word before it starts the next.
 
     Args:
         parts: Every engine must have run once before.
@@ -55,38 +56,38 @@ class FlagChain:
 
     def __init__(self, parts: FrameParts, flags: npt.NDArray[np.uint32]) -> None:
         self._stream, self._flags = parts.stream, flags
-        self._graphs: list[GraphExec] = []
+        self._segments: list[GraphExec] = []
+        self._ends: list[GraphExec] = []  # one per head, or one for all exits
         last = len(parts.segments) - 1
         try:
             with without_garbage_collection():
                 for index in range(len(parts.segments)):
-                    self._graphs.append(self._captured(parts, index, is_last=index == last))
-                with capture(parts.stream.handle) as captured:
-                    parts.settle(parts.stream)
-            self._graphs.append(GraphExec(captured.graph, parts.stream.handle))
+                    self._segments.append(self._captured(parts, index, is_last=index == last))
+                for head in range(max(len(parts.heads), 1)):
+                    self._ends.append(self._captured_end(parts, parts.heads[head : head + 1]))
         except BaseException:
             self.close()
             raise
 
     def launch(self, policy: ExitPolicy, number: int) -> None:
         """Run the next frame up to the exit that it takes, and start its settling."""
-        *segments, settle = self._graphs
-        handle = self._stream.handle
-        expected = number & _FRAME_NUMBER_BITS
-        for index, graph in enumerate(segments[:-1]):
+        handle, index = self._stream.handle, 0
+        for index, graph in enumerate(self._segments):
             graph.launch(handle)
-            word = self._flags[index : index + 1]
-            wait_for(partial(_tells_of, word, expected), self._stream, what="exit flag")
-            if not int(word[0]) & 1:
-                settle.launch(handle)
-                return
-        segments[-1].launch(handle)
-        settle.launch(handle)
+            if index == len(self._segments) - 1 or not self._goes_on(index, number):
+                break
+        self._ends[min(index, len(self._ends) - 1)].launch(handle)
 
     def close(self) -> None:
         """Free the graphs; calling it twice is fine."""
-        for graph in self._graphs:
+        for graph in (*self._segments, *self._ends):
             graph.close()
+
+    def _goes_on(self, index: int, number: int) -> bool:
+        """Wait for what the gate of an exit says."""
+        word, expected = self._flags[index : index + 1], number & _FRAME_NUMBER_BITS
+        wait_for(partial(_tells_of, word, expected), self._stream, what="exit flag")
+        return bool(int(word[0]) & 1)
 
     def _captured(self, parts: FrameParts, index: int, *, is_last: bool) -> GraphExec:
         stream = parts.stream
@@ -97,6 +98,16 @@ class FlagChain:
             if not is_last:
                 parts.gate_flag(index, stream)
         return GraphExec(captured.graph, stream.handle)
+
+    def _captured_end(
+        self, parts: FrameParts, heads: Sequence[Callable[[Stream], None]]
+    ) -> GraphExec:
+        """What follows the last segment of a frame."""
+        with capture(parts.stream.handle) as captured:
+            for part in (*heads, parts.settle, parts.update):
+                if part is not None:
+                    part(parts.stream)
+        return GraphExec(captured.graph, parts.stream.handle)
 
 
 def _tells_of(word: npt.NDArray[np.uint32], number: int) -> bool:
@@ -122,32 +133,51 @@ class HostChain:
         set_exit: Callable[[int], None],
     ) -> None:
         self._parts, self._read_answer, self._set_exit = parts, read_answer, set_exit
-        self._marks = [parts.context.event() for _ in range(len(parts.segments) + 2)]
-        self._num_marks = 0
+        num_marks = 2 + len(parts.segments) + len(parts.heads) + (parts.update is not None)
+        self._marks = [parts.context.event() for _ in range(num_marks)]
+        self._stages: list[str] = []
+        self._index = -1
 
     @property
     def stage_ms(self) -> Mapping[str, float]:
-        """GPU time in the last frame, by ``crop`` and ``segment_<k>``, once its result is there."""
-        marks = self._marks[: self._num_marks]
+        """GPU time in the last frame, once its result is there.
+
+        By ``crop``, ``segment_<k>`` and ``head_<k>``; ``update`` is of all behind the answer.
+        """
+        marks = self._marks[: len(self._stages) + 1]
+        marks[-1].synchronize()
         spans = [end.elapsed_ms(start) for start, end in itertools.pairwise(marks)]
-        return {f"segment_{k - 1}" if k else "crop": ms for k, ms in enumerate(spans)}
+        return dict(zip(self._stages, spans, strict=True))
 
     def launch(self, policy: ExitPolicy, number: int) -> None:
         """Run the next frame up to the exit that the policy takes, and start its settling."""
-        parts, stream, index = self._parts, self._parts.stream, 0
+        parts, stream = self._parts, self._parts.stream
+        self._stages.clear()
         self._marks[0].record(stream)
-        parts.crop(stream)
-        self._marks[1].record(stream)
+        self._run("crop", parts.crop)
         for index, segment in enumerate(parts.segments):
-            segment(stream)
-            self._marks[index + 2].record(stream)
+            self._index = index
+            self._run(f"segment_{index}", segment)
             if policy.should_exit(index, *self._read_answer()):
                 break
-        self._num_marks = index + 3
-        self._set_exit(index)
+        self.decode()
+        self._set_exit(self._index)
         parts.settle(stream)
+        if parts.update is not None:
+            self._run("update", parts.update)
+
+    def decode(self) -> None:
+        """Run the head of the exit that was asked last, if its box is not there yet."""
+        name = f"head_{self._index}"
+        if self._parts.heads and self._index >= 0 and name not in self._stages:
+            self._run(name, self._parts.heads[self._index])
 
     def close(self) -> None:
         """Free the events; calling it twice is fine."""
         for mark in self._marks:
             mark.close()
+
+    def _run(self, stage: str, part: Callable[[Stream], None]) -> None:
+        part(self._parts.stream)
+        self._stages.append(stage)
+        self._marks[len(self._stages)].record(self._parts.stream)

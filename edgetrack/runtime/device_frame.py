@@ -11,6 +11,7 @@ import numpy.typing as npt
 from edgetrack.backends.cuda import CudaContext, Stream
 from edgetrack.backends.engine import DeviceEngine
 from edgetrack.bundle import Bundle, CropSpec
+from edgetrack.crops import CropWindow
 from edgetrack.runtime import device_state
 from edgetrack.runtime.buffers import DeviceBuffers
 from edgetrack.runtime.device_state import DECISION, RESULT, RING, RULES, SOURCE, TARGET
@@ -22,6 +23,10 @@ _BLOCK_PX = 16
 _BLOCK = (_BLOCK_PX, _BLOCK_PX, 1)
 _ONE = (1, 1, 1)
 _ALIGNMENT_BYTES = 256
+_CHUNK_BYTES = 16
+_CARRY_THREADS, _MAX_CARRY_BLOCKS = 256, 64
+_GATE = "uncertainty", "score", "decision", "target"
+_NOWHERE = np.uint64(0)
 _EXIT_INDEX_OFFSET: int = dict(TARGET.fields or {})["exit_index"][1]
 
 Array = npt.NDArray[Any]
@@ -58,6 +63,10 @@ class DeviceFrame:
         owned: contextlib.ExitStack,
     ) -> None:
         self._context, self._engines = context, engines
+        self._segments = engines[1 : 1 + bundle.num_exits]
+        self._heads = engines[1 + bundle.num_exits :][: len(bundle.heads)]
+        self._update_engine = None if bundle.update is None else engines[-1]
+        self._carried = bundle.carried
         self._crops: CropSpec = bundle.crops
         self.stream = owned.enter_context(contextlib.closing(context.stream()))
         self.buffers = owned.enter_context(
@@ -113,10 +122,12 @@ class DeviceFrame:
             context=self._context,
             stream=self.stream,
             crop=partial(self._crop, target="target", out="search_region"),
-            segments=[partial(_enqueue, engine) for engine in self._engines[1:]],
+            segments=[partial(_enqueue, engine) for engine in self._segments],
+            heads=[partial(_enqueue, engine) for engine in self._heads],
             gate=self._gate,
             gate_flag=self._gate_flag,
             settle=self._settle,
+            update=None if self._update_engine is None else self._update,
         )
 
     def write_rules(self, rules: Array) -> None:
@@ -164,6 +175,14 @@ class DeviceFrame:
         uncertainty, score = self._answer.tolist()
         return uncertainty, score
 
+    def read_window(self) -> CropWindow:
+        """Where the next frame is looked at, to fractions of a pixel; waits for the stream once."""
+        found = np.zeros(1, TARGET)
+        self._context.copy_from_device(found, int(self._addresses["target"]), self.stream)
+        left, top, side = (int(v) for v in found["window"][0].tolist())
+        corner_x, corner_y = (float(found[f"corner_{axis}_px"][0]) for axis in "xy")
+        return CropWindow(left, top, side, corner_x - left, corner_y - top)
+
     def _write(self, name: str, value: Array) -> None:
         self._context.copy_to_device(int(self._addresses[name]), value.reshape(1), self.stream)
         self.stream.synchronize()
@@ -190,18 +209,41 @@ class DeviceFrame:
             block=_BLOCK,
         )
 
-    def _gate(self, exit_index: int, stream: Stream, handle: int) -> None:
-        names = "uncertainty", "score", "decision", "target"
-        self._launch("edgetrack_gate", stream, *names, np.int32(exit_index), np.uint64(handle))
+    def _gate(self, exit_index: int, stream: Stream, handle: int, head_handle: int | None) -> None:
+        arguments = *_GATE, np.int32(exit_index), np.uint64(handle)
+        if head_handle is None:
+            self._launch("edgetrack_gate", stream, *arguments)
+        else:
+            self._launch("edgetrack_gate_with_head", stream, *arguments, np.uint64(head_handle))
 
     def _gate_flag(self, exit_index: int, stream: Stream) -> None:
-        names = "uncertainty", "score", "decision", "target"
         word = self._addresses["flags"] + np.uint64(4 * exit_index)
-        self._launch("edgetrack_gate_flag", stream, *names, np.int32(exit_index), word)
+        self._launch("edgetrack_gate_flag", stream, *_GATE, np.int32(exit_index), word)
 
     def _settle(self, stream: Stream) -> None:
+        """Settle, and say that the frame is done: once the update's crop is cut, if it has one."""
         names = "bbox_cxcywh", "score", "uncertainty", "rules", "target", "results"
-        self._launch("edgetrack_settle", stream, *names)
+        if self._update_engine is None:
+            self._launch("edgetrack_settle", stream, *names, _NOWHERE, _NOWHERE)
+            return
+        bbox = self._addresses.get("template_bbox_cxcywh", _NOWHERE)
+        self._launch("edgetrack_settle", stream, *names, "template_target", bbox)
+        self._crop(stream, target="template_target", out="template")
+        self._launch("edgetrack_tell", stream, "target", "results")
+
+    def _update(self, stream: Stream) -> None:
+        """Run the update graph, and copy what it wrote to where the next frame reads it."""
+        assert self._update_engine is not None, "there is no such part without an update graph"
+        _enqueue(self._update_engine, stream)
+        for name, source in self._carried.items():
+            num_chunks = self.buffers.sizes[name] // _CHUNK_BYTES
+            self._launch(
+                "edgetrack_carry",
+                stream,
+                *("target", source, name, np.uint32(num_chunks)),
+                grid=(min(-(-num_chunks // _CARRY_THREADS), _MAX_CARRY_BLOCKS), 1, 1),
+                block=(_CARRY_THREADS, 1, 1),
+            )
 
     def _launch(
         self,

@@ -145,6 +145,7 @@ class DeviceLoop:
         owned: contextlib.ExitStack,
     ) -> None:
         self._bundle, self._rules = bundle, rules
+        self._is_ostrack = bundle.crops.geometry == "ostrack"
         self._context, self._frame, self._launcher = context, frame, launcher
         self._owned, self._lock = owned, threading.RLock()
         self._owned.callback(self._close_uploader)
@@ -200,8 +201,10 @@ class DeviceLoop:
     def start(self, frame: Frame, bbox_xywh: npt.NDArray[np.float32]) -> None:
         """Begin on a frame; waits for what is under way."""
         crops = self._bundle.crops
-        state = TargetState(bbox_xywh, frame_shape=frame.shape, rules=self._rules)
-        window = CropWindow.around(bbox_xywh, factor=crops.template_factor)
+        state = TargetState(
+            bbox_xywh, frame_shape=frame.shape, rules=self._rules, geometry=crops.geometry
+        )
+        window = CropWindow.around(bbox_xywh, factor=crops.template_factor, geometry=crops.geometry)
         with self._entered():
             self._collect_all()
             self._frame.stream.synchronize()
@@ -213,9 +216,7 @@ class DeviceLoop:
             self._owners = [owner, *[None] * (RING - 1)]
             self._window = state.search_window(crops.search_factor)
             self._frame.write_target(pack_target(state, self._window, frame_index=0))
-            self._frame.write_rules(
-                pack_rules(self._rules, search_factor=crops.search_factor, frame_shape=frame.shape)
-            )
+            self._frame.write_rules(pack_rules(self._rules, crops=crops, frame_shape=frame.shape))
             self._sequences[:] = 0
             self._frame.flags[:] = 0
             self._number = self._newest = 0
@@ -238,7 +239,10 @@ class DeviceLoop:
                 self._frame.write_decision(pack_decision(policy, num_exits=self._bundle.num_exits))
                 self._policy = policy
             try:
-                owner = self._place(frame, number, self._known_window(number))
+                window = self._known_window(number)
+                # Where the target will be found, and the update's crop be cut, nobody knows.
+                region = window if self._bundle.update is None else None
+                owner = self._place(frame, number, region)
                 self._owners[number % RING] = owner
                 self._launcher.launch(policy, number)
             except BaseException:
@@ -256,8 +260,9 @@ class DeviceLoop:
         result was asked for.
         """
         with self._entered():
-            if self.exit_decision != "host":
+            if not isinstance(self._launcher, HostChain):
                 return self._answer.copy()
+            self._launcher.decode()
             answer = self._frame.buffers.read("bbox_cxcywh", self._frame.stream)
         with np.errstate(over="ignore", invalid="ignore"):
             return self._window.to_frame(answer[0])
@@ -272,6 +277,7 @@ class DeviceLoop:
                 return
             with contextlib.suppress(DeviceError), self._context.current():
                 self._collect_all()
+                self._frame.stream.synchronize()  # an update goes on behind its frame's result
             for pending in filter(None, self._pending):
                 pending.error = DeviceError(
                     "frame result: expected an open tracker, got one that was closed before the "
@@ -365,6 +371,8 @@ class DeviceLoop:
             if not self.has(number - 1):
                 return None
             self._window = CropWindow(*(int(v) for v in row["window"].tolist()))
+            if self._is_ostrack and self.exit_decision == "host":  # who may ask where the crop lies
+                self._window = self._frame.read_window()
         return self._window
 
     def _place(self, frame: Frame, number: int, window: CropWindow | None) -> Any:
@@ -373,7 +381,8 @@ class DeviceLoop:
             frame = self._uploader_for(frame.shape, number).upload(frame, number, window)
         for stream in frame.streams:
             self._frame.stream.wait_for(stream)
-        height, width = frame.shape[:2]
+        blank_px = int(self._is_ostrack)  # columns and rows at the border, as in ``Cropper``
+        height, width = (side_px - blank_px for side_px in frame.shape[:2])
         self._frame.sources[number % RING] = (
             frame.address,
             frame.chroma_address,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetrack.bundle import CropSpec
 from edgetrack.crops import CropWindow
 from edgetrack.runtime.policies import CRITERIA, ExitPolicy
 from edgetrack.runtime.target import TargetRules, TargetState
@@ -53,8 +54,11 @@ FORMATS: Mapping[str, int] = MappingProxyType(
 KERNEL_NAMES = (
     "edgetrack_crop",
     "edgetrack_gate",
+    "edgetrack_gate_with_head",
     "edgetrack_gate_flag",
     "edgetrack_settle",
+    "edgetrack_tell",
+    "edgetrack_carry",
     "edgetrack_probe",
 )
 
@@ -83,7 +87,10 @@ TARGET = np.dtype(
         ("window", WINDOW),
         ("frame_index", "<i4"),
         ("exit_index", "<i4"),
-        ("padding", "<i4", (5,)),
+        ("is_sane", "<i4"),
+        ("corner_x_px", "<f4"),
+        ("corner_y_px", "<f4"),
+        ("padding", "<i4", (2,)),
     ]
 )
 
@@ -98,10 +105,13 @@ RULES = np.dtype(
         ("found_score", "<f8"),
         ("look_around", "<f8"),
         ("search_factor", "<f8"),
+        ("template_factor", "<f8"),
         ("patience", "<i4"),
         ("lost_after", "<i4"),
         ("width_px", "<i4"),
         ("height_px", "<i4"),
+        ("is_ostrack", "<i4"),
+        ("padding", "<i4"),
     ]
 )
 
@@ -134,13 +144,13 @@ _PTX_PATH = Path(__file__).parent / "kernels" / "frame.ptx"
 
 
 def pack_rules(
-    rules: TargetRules, *, search_factor: float, frame_shape: tuple[int, ...]
+    rules: TargetRules, *, crops: CropSpec, frame_shape: tuple[int, ...]
 ) -> npt.NDArray[Any]:
     """What ``edgetrack_settle`` needs beside the answer.
 
     Args:
         rules: How answers become the target's state.
-        search_factor: The bundle's.
+        crops: The bundle's.
         frame_shape: ``(H, W, …)`` of all frames.
 
     Returns:
@@ -152,7 +162,8 @@ def pack_rules(
         # Counts are compared with whole numbers, so a patience of 2.5 is one of 3.
         is_count = RULES[field.name].kind == "i"
         packed[field.name] = math.ceil(min(value, _NEVER)) if is_count else value
-    packed["search_factor"] = search_factor
+    packed["search_factor"], packed["template_factor"] = crops.search_factor, crops.template_factor
+    packed["is_ostrack"] = crops.geometry == "ostrack"
     packed["height_px"], packed["width_px"] = frame_shape[:2]
     return packed
 
@@ -207,6 +218,8 @@ def pack_target(state: TargetState, window: CropWindow, frame_index: int) -> npt
     packed["x"], packed["y"], packed["w"], packed["h"] = state.bbox_xywh
     packed["num_unsure"], packed["is_lost"] = state.num_unsure, state.is_lost
     packed["window"] = (window.left_px, window.top_px, window.side_px)
+    packed["corner_x_px"] = window.left_px + window.shift_x_px
+    packed["corner_y_px"] = window.top_px + window.shift_y_px
     packed["frame_index"] = frame_index
     return packed
 

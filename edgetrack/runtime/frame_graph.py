@@ -2,13 +2,16 @@
 
     crop → segment 0 → gate → IF(segment 1 → gate → IF(segment 2)) → settle
 
-The gate compares and sets the condition, so the host launches once and is not asked. What a frame
-consists of is the same for the ways in ``device_chain``, where the host decides.
+The gate compares and sets the condition, so the host launches once and is not asked. Where exits
+have heads, each gate sets two conditions, and behind ``IF(segment k + 1 …)`` comes ``IF(head k)``;
+where state is carried from frame to frame, the update follows ``settle``. What a frame consists of
+is the same for the ways in ``device_chain``, where the host decides.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -42,18 +45,23 @@ class FrameParts:
         stream: The tracker's own stream.
         crop: Cut the search region of the frame whose turn it is.
         segments: The segments with their exit heads, in order.
-        gate: ``gate(exit_index, stream, handle)`` decides, and sets a condition to "go on".
+        heads: The heads of the exits, in order; empty if segments give the box.
+        gate: ``gate(exit_index, stream, handle, head_handle)`` decides, and sets a condition to "go
+            on"; another one to "stop" unless ``head_handle`` is ``None``.
         gate_flag: ``gate_flag(exit_index, stream)`` decides, and tells the host.
         settle: Turn the answer into the target's state, and write the result.
+        update: Carry the family's state to the next frame; ``None`` if there is none.
     """
 
     context: CudaContext
     stream: Stream
     crop: Callable[[Stream], None]
     segments: Sequence[Callable[[Stream], None]]
-    gate: Callable[[int, Stream, int], None]
+    heads: Sequence[Callable[[Stream], None]]
+    gate: Callable[[int, Stream, int, int | None], None]
     gate_flag: Callable[[int, Stream], None]
     settle: Callable[[Stream], None]
+    update: Callable[[Stream], None] | None
 
 
 class FrameGraph:
@@ -77,6 +85,8 @@ class FrameGraph:
                 parts.crop(stream)
                 self._capture_from(0, stream)
                 parts.settle(stream)
+                if parts.update is not None:
+                    parts.update(stream)
             self._exec = GraphExec(captured.graph, stream.handle)
         finally:
             for body_stream in self._body_streams:
@@ -95,16 +105,27 @@ class FrameGraph:
         parts = self._parts
         parts.segments[index](stream)
         if index == len(parts.segments) - 1:
+            for head in parts.heads[index:]:
+                head(stream)
             return
-        context = parts.context
-        handle = conditional_handle(stream.handle, context.handle)
-        parts.gate(index, stream, handle)
+        context, head_handle = parts.context.handle, None
+        handle = conditional_handle(stream.handle, context)
+        if parts.heads:
+            head_handle = conditional_handle(stream.handle, context)
+        parts.gate(index, stream, handle, head_handle)
+        self._capture_if(stream, handle, partial(self._capture_from, index + 1))
+        if head_handle is not None:
+            self._capture_if(stream, head_handle, parts.heads[index])
+
+    def _capture_if(self, stream: Stream, handle: int, part: Callable[[Stream], None]) -> None:
+        """Capture what runs where a condition holds."""
+        context = self._parts.context
         body = if_node(stream.handle, context.handle, handle)
         # A stream that is capturing cannot be used for the body as well.
         inner = context.stream()
         self._body_streams.append(inner)
         with _capturing_to(inner, body):
-            self._capture_from(index + 1, inner)
+            part(inner)
         check_body(body)
 
 

@@ -46,13 +46,15 @@ class HostLoop:
 
     def __init__(self, bundle: Bundle, engines: Sequence[Engine], *, rules: TargetRules) -> None:
         self._bundle, self._rules = bundle, rules
-        self._template_cropper = Cropper(bundle.crops.template_size_px)
-        self._search_cropper = Cropper(bundle.crops.search_size_px)
+        crops = bundle.crops
+        self._template_cropper = Cropper(crops.template_size_px, geometry=crops.geometry)
+        self._search_cropper = Cropper(crops.search_size_px, geometry=crops.geometry)
         self._chain = Chain(bundle, engines)
         self._target: TargetState | None = None
         self._window = CropWindow(0, 0, 1)
-        self._crop_ms = 0.0
-        self._warm_up()
+        self._crop_ms = self._update_ms = 0.0
+        for _ in range(_NUM_WARM_UP_RUNS):
+            self._chain.warm_up()
 
     @property
     def bbox(self) -> "npt.NDArray[np.float32] | None":
@@ -61,11 +63,19 @@ class HostLoop:
 
     @property
     def stage_ms(self) -> Mapping[str, float]:
-        """Time of the last update: ``crop``, each ``segment_<k>`` that ran, ``decide``."""
-        segments = self._chain.segment_ms
-        ran = {f"segment_{k}": float(ms) for k, ms in enumerate(segments) if ms == ms}
-        decide = self._chain.run_ms - sum(ran.values())
-        return {"crop": self._crop_ms, **ran, "decide": decide}
+        """Time of the last update: ``crop``, each ``segment_<k>`` that ran, ``decide``.
+
+        With heads also the ``head_<k>`` that ran, and ``update`` if state is carried.
+        """
+        chain = self._chain
+        ran = {
+            f"{kind}_{k}": float(ms)
+            for kind, times_ms in (("segment", chain.segment_ms), ("head", chain.head_ms))
+            for k, ms in enumerate(times_ms)
+            if not np.isnan(ms)
+        }
+        stages = {"crop": self._crop_ms, **ran, "decide": chain.run_ms - sum(ran.values())}
+        return {**stages, "update": self._update_ms} if chain.has_update else stages
 
     def check(self, frame: Any) -> npt.NDArray[np.uint8]:
         """A frame in host memory; see ``checked_array``."""
@@ -76,13 +86,14 @@ class HostLoop:
 
     def start(self, frame: npt.NDArray[np.uint8], bbox_xywh: npt.NDArray[np.float32]) -> None:
         """Begin on a frame."""
-        buffers = self._chain.buffers
-        window = CropWindow.around(bbox_xywh, factor=self._bundle.crops.template_factor)
-        self._template_cropper.crop(frame, window, out=buffers["template"][0])
-        if "template_bbox_cxcywh" in buffers:
-            buffers["template_bbox_cxcywh"][0] = window.to_crop(bbox_xywh)
+        self._crop_template(frame, bbox_xywh)
         self._chain.run_template()
-        self._target = TargetState(bbox_xywh, frame_shape=frame.shape, rules=self._rules)
+        self._target = TargetState(
+            bbox_xywh,
+            frame_shape=frame.shape,
+            rules=self._rules,
+            geometry=self._bundle.crops.geometry,
+        )
 
     def submit(self, frame: npt.NDArray[np.uint8], policy: ExitPolicy) -> _Done:
         """Find the target in the next frame; the answer is there when this returns."""
@@ -95,6 +106,8 @@ class HostLoop:
         exit_index = self._chain.run(policy)
         score = float(buffers["score"][0])
         is_sane = target.settle(self.read_answer(), score)
+        if self._chain.has_update:
+            self._update(frame, is_sane=is_sane)
         x, y, w, h = target.bbox_xywh.tolist()
         return _Done(
             TrackResult(
@@ -109,6 +122,7 @@ class HostLoop:
 
     def read_answer(self) -> npt.NDArray[np.float32]:
         """The box that the last exit gave, before any rule: xywh, frame pixels, ``(4,)``."""
+        self._chain.decode()
         with np.errstate(over="ignore", invalid="ignore"):
             return self._window.to_frame(self._chain.buffers["bbox_cxcywh"][0])
 
@@ -116,9 +130,22 @@ class HostLoop:
         """Free the engines; calling it twice is fine."""
         self._chain.close()
 
-    def _warm_up(self) -> None:
-        """Run every engine, so that the first update is not slow."""
-        policy = ExitPolicy.always_last(num_exits=self._bundle.num_exits)
-        for _ in range(_NUM_WARM_UP_RUNS):
-            self._chain.run_template()
-            self._chain.run(policy)
+    def _crop_template(
+        self, frame: npt.NDArray[np.uint8], bbox_xywh: npt.NDArray[np.float32]
+    ) -> None:
+        """Cut the template, and say where the target is in it."""
+        buffers = self._chain.buffers
+        crops = self._bundle.crops
+        window = CropWindow.around(bbox_xywh, factor=crops.template_factor, geometry=crops.geometry)
+        self._template_cropper.crop(frame, window, out=buffers["template"][0])
+        if "template_bbox_cxcywh" in buffers:
+            buffers["template_bbox_cxcywh"][0] = window.to_crop(bbox_xywh)
+
+    def _update(self, frame: npt.NDArray[np.uint8], *, is_sane: bool) -> None:
+        """Carry the family's state to the next frame; an answer that is no number changes none."""
+        assert self._target is not None, "start comes before submit"
+        started = time.perf_counter()
+        if is_sane:
+            self._crop_template(frame, self._target.bbox_xywh)
+            self._chain.run_update()
+        self._update_ms = (time.perf_counter() - started) * 1e3

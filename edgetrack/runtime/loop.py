@@ -25,7 +25,8 @@ class TrackResult:
         bbox: x, y, w, h in frame pixels, top-left origin; a guess while the target is lost.
         score: Confidence in [0, 1].
         is_lost: Whether the target counts as lost: unsure for some frames, and not found since.
-        uncertainty: Normalised entropy of the box edges in [0, 1]; what the exit was decided by.
+        uncertainty: Of the exit that was taken, in [0, 1]: the normalised entropy of its box edges,
+            or what else the family has (see its module).
         exit_index: The exit that was taken, from 0.
         latency_ms: From handing in the frame to taking its result, crop included.
     """

@@ -1,7 +1,7 @@
 """Record the crops that a tracker cuts: what its networks read, frame by frame."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from edgetrack.backends.engine import Buffers, Engine
 from edgetrack.backends.ort import OnnxRuntimeBackend
 from edgetrack.boxes import as_bbox_xywh
-from edgetrack.bundle import Bundle, GraphSpec
+from edgetrack.bundle import Bundle, TensorSpec
 from edgetrack.runtime.host_loop import HostLoop
 from edgetrack.runtime.loop import checked_array
 from edgetrack.runtime.policies import ExitPolicy
@@ -34,7 +34,8 @@ def record_crops(
 
     Yields:
         Per frame after the first its name, and copies of ``template``, ``template_bbox_cxcywh``
-        and ``search_region`` by name.
+        and ``search_region`` by name; of a bundle with an update graph also what was carried into
+        the frame, and that graph's crop (see ``Bundle.recorded_inputs``).
 
     Raises:
         TypeError: A frame is not a uint8 array.
@@ -58,23 +59,21 @@ def record_crops(
 def _open_loop(bundle: Bundle, tell: Callable[[Arrays], None]) -> HostLoop:
     backend = OnnxRuntimeBackend()
     engines = [
-        _Tapped(backend.load_onnx(bundle.graph_path(graph), graph), _from_host(bundle, graph), tell)
+        _Tapped(
+            backend.load_onnx(bundle.graph_path(graph), graph), bundle.recorded_inputs(graph), tell
+        )
         for graph in bundle.graphs
     ]
     return HostLoop(bundle, engines, rules=TargetRules.of(bundle.rules))
 
 
-def _from_host(bundle: Bundle, graph: GraphSpec) -> list[str]:
-    """What a graph reads that no graph wrote."""
-    written = {spec.name for g in bundle.graphs for spec in g.outputs}
-    return [spec.name for spec in graph.inputs if spec.name not in written]
-
-
 class _Tapped:
-    """An engine that tells what it reads before each run."""
+    """An engine that tells what it reads before each run, by the names of a record."""
 
-    def __init__(self, engine: Engine, names: list[str], tell: Callable[[Arrays], None]) -> None:
-        self._engine, self._names, self._tell = engine, names, tell
+    def __init__(
+        self, engine: Engine, inputs: Mapping[str, TensorSpec], tell: Callable[[Arrays], None]
+    ) -> None:
+        self._engine, self._inputs, self._tell = engine, inputs, tell
         self._buffers: Buffers = {}
 
     def bind(self, buffers: Buffers) -> None:
@@ -82,7 +81,7 @@ class _Tapped:
         self._buffers = buffers
 
     def enqueue(self) -> None:
-        self._tell({name: self._buffers[name].copy() for name in self._names})
+        self._tell({name: self._buffers[spec.name].copy() for name, spec in self._inputs.items()})
         self._engine.enqueue()
 
     def close(self) -> None:

@@ -101,6 +101,7 @@ class TargetState:
         bbox_xywh: The target in the first frame, pixels, ``(4,)``.
         frame_shape: ``(H, W, …)`` of all frames.
         rules: How answers become state.
+        geometry: ``bundle.CropSpec.geometry``; OSTrack's settles no side below 10 px.
 
     Attributes:
         bbox_xywh: The target, float32 ``(4,)``, pixels.
@@ -109,13 +110,18 @@ class TargetState:
     """
 
     def __init__(
-        self, bbox_xywh: Float32Array, *, frame_shape: tuple[int, ...], rules: TargetRules
+        self,
+        bbox_xywh: Float32Array,
+        *,
+        frame_shape: tuple[int, ...],
+        rules: TargetRules,
+        geometry: str = "edgetrack",
     ) -> None:
         self.bbox_xywh = bbox_xywh
         self.num_unsure = 0
         self.is_lost = False
         self._height_px, self._width_px = frame_shape[:2]
-        self._rules = rules
+        self._rules, self._geometry = rules, geometry
 
     def search_window(self, factor: float) -> CropWindow:
         """Where to look in the next frame; ``factor`` is the bundle's ``search_factor``."""
@@ -124,7 +130,7 @@ class TargetState:
             factor *= rules.search_growth
         if self._looks_beside:
             bbox_xywh = self._beside(factor)
-        return CropWindow.around(bbox_xywh, factor=factor)
+        return CropWindow.around(bbox_xywh, factor=factor, geometry=self._geometry)
 
     def settle(self, answer_xywh: Float32Array, score: float) -> bool:
         """Take in what the network said of the window that ``search_window`` gave.
@@ -169,7 +175,11 @@ class TargetState:
     def _in_frame(self, bbox_xywh: Float32Array) -> Float32Array:
         """A box near the frame and of a size that can be cropped."""
         clipped = clip_xywh(
-            bbox_xywh, width_px=self._width_px, height_px=self._height_px, margin_px=_CLIP_MARGIN_PX
+            bbox_xywh,
+            width_px=self._width_px,
+            height_px=self._height_px,
+            margin_px=_CLIP_MARGIN_PX,
+            min_side_px=_CLIP_MARGIN_PX if self._geometry == "ostrack" else 0,
         )
         clipped[2:] = np.maximum(clipped[2:], _MIN_SIDE_PX)
         return clipped.astype(np.float32)

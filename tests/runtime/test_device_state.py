@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from compiled_kernels import STRUCTS, CompiledKernels
 
+from edgetrack.bundle import CropSpec
 from edgetrack.crops import CropWindow
 from edgetrack.runtime import device_state
 from edgetrack.runtime.device_state import (
@@ -22,6 +23,8 @@ from edgetrack.runtime.device_state import (
 )
 from edgetrack.runtime.policies import CRITERIA, ExitPolicy
 from edgetrack.runtime.target import TargetRules, TargetState
+
+CROPS = CropSpec(template_size_px=8, template_factor=2.5, search_size_px=16, search_factor=4.5)
 
 
 @pytest.mark.parametrize("name", STRUCTS)
@@ -62,11 +65,14 @@ def test_packed_rules_are_the_rules() -> None:
     }
     values |= {"max_size_change": 1.25, "search_growth": 1.5, "patience": 3, "lost_after": 7}
 
-    packed = pack_rules(TargetRules.of(values), search_factor=4.5, frame_shape=(240, 320, 3))
+    crops = dataclasses.replace(CROPS, geometry="ostrack")
+    packed = pack_rules(TargetRules.of(values), crops=crops, frame_shape=(240, 320, 3))
 
     assert {name: packed[name].item() for name in values} == values
-    assert (packed["search_factor"], packed["width_px"], packed["height_px"]) == (4.5, 320, 240)
-    assert set(RULES.names or ()) == {*values, "search_factor", "width_px", "height_px"}
+    others = {"search_factor": 4.5, "template_factor": 2.5, "width_px": 320, "height_px": 240}
+    others |= {"is_ostrack": 1, "padding": 0}
+    assert {name: packed[name].item() for name in others} == others
+    assert set(RULES.names or ()) == {*values, *others}
 
 
 @pytest.mark.parametrize(("patience", "packed"), [(2.5, 3), (1, 1), (math.inf, 2**30)])
@@ -75,7 +81,7 @@ def test_counts_become_whole_numbers_that_are_reached_in_the_same_frame(
 ) -> None:
     rules = TargetRules(patience=patience, lost_after=patience)  # type: ignore[arg-type]
 
-    values = pack_rules(rules, search_factor=4, frame_shape=(10, 10))
+    values = pack_rules(rules, crops=CROPS, frame_shape=(10, 10))
 
     assert values["patience"] == values["lost_after"] == packed
 
@@ -114,11 +120,12 @@ def test_a_packed_target_is_the_state() -> None:
     state = TargetState(bbox_xywh, frame_shape=(240, 320), rules=TargetRules.off())
     state.num_unsure, state.is_lost = 5, True
 
-    packed = pack_target(state, CropWindow(-3, 4, 50), frame_index=9)
+    packed = pack_target(state, CropWindow(-3, 4, 50, -0.25, 0.5), frame_index=9)
 
     assert [packed[name].item() for name in ("x", "y", "w", "h")] == bbox_xywh.tolist()
     assert packed[["num_unsure", "is_lost", "frame_index", "exit_index"]].item() == (5, 1, 9, 0)
     assert packed["window"].item() == (-3, 4, 50)
+    assert packed[["corner_x_px", "corner_y_px"]].item() == (-3.25, 4.5)
 
 
 def test_the_ptx_ends_as_a_driver_expects() -> None:

@@ -1,6 +1,7 @@
 """Whole frames on a real GPU, with torch's kernels; ``tests/emulated`` does so without one."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,26 @@ def test_all_ways_to_decide_agree_bit_for_bit(shipped_bundle: Bundle, clip: list
 
     assert found["flag"] == found["host"]
     assert found["device"] == found["host"]
+
+
+@pytest.mark.parametrize("family", ["dytrack", "fartrack"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_all_ways_agree_on_heads_and_on_what_is_carried(
+    tmp_path: Path, clip: list[Any], family: str, precision: str
+) -> None:
+    from family_bundles import export_family
+
+    bundle = export_family(family, tmp_path / "bundle")
+    frames, bbox = [frame for frame, _ in clip], clip[0][1]
+    found = {}
+    for decision in ("host", "flag", "device"):
+        with Tracker(
+            bundle, backend="torch-cuda", precision=precision, exit_decision=decision
+        ) as tracker:
+            assert tracker.exit_decision == decision
+            found[decision] = follow(tracker, frames, bbox)
+
+    assert found["device"] == found["flag"] == found["host"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

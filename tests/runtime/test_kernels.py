@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pytest
 from compiled_kernels import CompiledKernels
 
+from edgetrack.bundle import CropSpec
+from edgetrack.crops import CropWindow
 from edgetrack.runtime.device_state import (
     RESULT,
     RING,
@@ -24,6 +26,8 @@ from edgetrack.runtime.target import TargetRules, TargetState
 FRAME_SHAPE = (240, 320, 3)
 HANDLE = 0xFEDC_BA98_7654_3210
 UNTOUCHED = 99
+NOWHERE = np.uint64(0)
+TEMPLATE_FACTOR = 2.0
 Float32Array = npt.NDArray[np.float32]
 
 
@@ -58,7 +62,15 @@ def test_the_gates_decide_as_the_policy(kernels: CompiledKernels, criterion: str
         kernels.launch(
             "edgetrack_gate", uncertainty, score, decision, target, index, np.uint64(HANDLE)
         )
-        assert kernels.condition == (HANDLE, not stops), (exit_index, case)
+        assert kernels.conditions[HANDLE] == (not stops), (exit_index, case)
+        assert target["exit_index"] == exit_index + (not stops)
+
+        target["exit_index"] = UNTOUCHED
+        kernels.launch(
+            "edgetrack_gate_with_head",
+            *(uncertainty, score, decision, target, index, np.uint64(HANDLE), np.uint64(5)),
+        )
+        assert kernels.conditions == {HANDLE: not stops, 5: stops}, (exit_index, case)
         assert target["exit_index"] == exit_index + (not stops)
 
         target["exit_index"] = UNTOUCHED
@@ -79,7 +91,7 @@ def test_a_gate_stops_only_below_its_threshold(kernels: CompiledKernels, criteri
             "edgetrack_gate", value, value, decision, target, np.int32(0), np.uint64(HANDLE)
         )
 
-        assert kernels.condition == (HANDLE, not stops)
+        assert kernels.conditions == {HANDLE: not stops}
 
 
 @pytest.mark.parametrize("frame_index", [0, 1, 2**30, 2**31 - 1])
@@ -107,7 +119,7 @@ def test_the_probe_writes_its_word_and_sets_its_condition(
     kernels.launch("edgetrack_probe", word, np.uint32(value), np.uint64(HANDLE))
 
     assert word == value
-    assert kernels.condition == (HANDLE, condition)
+    assert kernels.conditions == {HANDLE: condition}
 
 
 # ``edgetrack_settle``
@@ -141,14 +153,29 @@ class Twins:
     """One target that the host settles, as ``Tracker`` does, and one that the kernel settles."""
 
     def __init__(
-        self, kernels: CompiledKernels, rules: TargetRules, *, search_factor: float
+        self,
+        kernels: CompiledKernels,
+        rules: TargetRules,
+        *,
+        search_factor: float,
+        geometry: str = "edgetrack",
     ) -> None:
         self._kernels, self._search_factor = kernels, search_factor
-        self.state = TargetState(float32(100, 80, 40, 30), frame_shape=FRAME_SHAPE, rules=rules)
+        self._geometry = geometry
+        self.state = TargetState(
+            float32(100, 80, 40, 30), frame_shape=FRAME_SHAPE, rules=rules, geometry=geometry
+        )
         self.window = self.state.search_window(search_factor)
         self.target = pack_target(self.state, self.window, frame_index=0)
         self.results = np.zeros(RING, RESULT)
-        self.rules = pack_rules(rules, search_factor=search_factor, frame_shape=FRAME_SHAPE)
+        crops = CropSpec(
+            template_size_px=16,
+            template_factor=TEMPLATE_FACTOR,
+            search_size_px=32,
+            search_factor=search_factor,
+            geometry=geometry,
+        )
+        self.rules = pack_rules(rules, crops=crops, frame_shape=FRAME_SHAPE)
 
     def settle(self, bbox_cxcywh: Float32Array, score: float, *, exit_index: int) -> None:
         """Let both take in an answer, and compare all that they say of it."""
@@ -163,10 +190,11 @@ class Twins:
         self._kernels.launch(
             "edgetrack_settle",
             *(bbox_cxcywh, scores, float32(uncertainty), self.rules, self.target, self.results),
+            *(NOWHERE, NOWHERE),
         )
 
         expected = pack_target(self.state, self.window, frame_index=number)
-        expected["exit_index"] = exit_index
+        expected["exit_index"], expected["is_sane"] = exit_index, is_sane
         assert self.target.tobytes() == expected.tobytes(), (self.target, expected)
         result = expected_result(expected, score=float(scores[0]) if is_sane else 0.0)
         result["uncertainty"], result["answer"] = uncertainty, answer
@@ -208,6 +236,94 @@ def test_the_kernel_settles_as_the_host_does_bit_for_bit(
 
     for bbox_cxcywh, score in answers(rng, 400):
         twins.settle(bbox_cxcywh, score, exit_index=int(rng.integers(4)))
+
+
+@pytest.mark.parametrize("name", ["off", "together"])
+def test_the_kernel_settles_as_the_host_does_with_the_geometry_of_ostrack(
+    kernels: CompiledKernels, name: str
+) -> None:
+    rng = np.random.default_rng(23)
+    rules = TargetRules.of(RULE_SETS[name])
+    twins = Twins(kernels, rules, search_factor=4.0, geometry="ostrack")
+    plain = Twins(kernels, rules, search_factor=4.0)
+
+    for bbox_cxcywh, score in answers(rng, 400):
+        twins.settle(bbox_cxcywh, score, exit_index=0)
+        plain.settle(bbox_cxcywh, score, exit_index=0)
+        shifts = twins.window.shift_x_px, twins.window.shift_y_px
+        assert twins.target["corner_x_px"] == np.float32(twins.window.left_px + shifts[0])
+    assert plain.target.tobytes() != twins.target.tobytes()
+    assert any(shifts)
+
+
+@pytest.mark.parametrize("geometry", ["edgetrack", "ostrack"])
+def test_the_update_s_crop_is_aimed_at_the_box_that_was_settled_on(
+    kernels: CompiledKernels, geometry: str
+) -> None:
+    rng = np.random.default_rng(29)
+    twins = Twins(kernels, TargetRules.off(), search_factor=4.0, geometry=geometry)
+    aimed, bbox_in_crop = np.zeros((), TARGET), float32(0, 0, 0, 0)
+    for number, (bbox_cxcywh, score) in enumerate(answers(rng, 300), start=1):
+        before, results = twins.target.copy(), np.zeros(RING, RESULT)
+        twins.settle(bbox_cxcywh, score, exit_index=1)
+        after, box = twins.target, twins.state.bbox_xywh
+
+        before["exit_index"] = 1
+        kernels.launch(
+            "edgetrack_settle",
+            *(bbox_cxcywh, float32(score), float32(0.25), twins.rules, before, results),
+            *(aimed, bbox_in_crop),
+        )
+
+        window = CropWindow.around(box, factor=TEMPLATE_FACTOR, geometry=geometry)
+        expected = pack_target(twins.state, window, frame_index=number - 1)
+        for name in ("window", "frame_index", "corner_x_px", "corner_y_px"):
+            assert aimed[name] == expected[name], name
+        assert bbox_in_crop.tobytes() == window.to_crop(box).tobytes()
+        assert before.tobytes() == after.tobytes()
+
+        slot = number % RING
+        assert results[slot]["sequence"] == 0, "the frame is still read"
+        kernels.launch("edgetrack_tell", before, results)
+        assert results[slot].tobytes() == twins.results[slot].tobytes()
+
+
+def test_a_graph_that_does_not_read_the_box_in_the_crop_is_not_given_it(
+    kernels: CompiledKernels,
+) -> None:
+    twins, aimed = Twins(kernels, TargetRules.off(), search_factor=4.0), np.zeros((), TARGET)
+
+    kernels.launch(
+        "edgetrack_settle",
+        *(float32(0.5, 0.5, 0.2, 0.2), float32(0.9), float32(0.1)),
+        *(twins.rules, twins.target, twins.results, aimed, NOWHERE),
+    )
+
+    assert aimed["window"]["side_px"] > 0
+    assert aimed["frame_index"] == 0
+
+
+@pytest.mark.parametrize("is_sane", [0, 1])
+@pytest.mark.parametrize("num_chunks", [1, 255, 256, 5000])
+def test_state_is_carried_unless_the_answer_was_no_number(
+    kernels: CompiledKernels, is_sane: int, num_chunks: int
+) -> None:
+    rng = np.random.default_rng(num_chunks)
+    target = np.zeros((), TARGET)
+    target["is_sane"] = is_sane
+    source, out = rng.integers(0, 256, (2, 16 * (num_chunks + 1)), np.uint8)
+    before = out.copy()
+
+    kernels.launch(
+        "edgetrack_carry",
+        *(target, source, out, np.uint32(num_chunks)),
+        grid=(4, 1, 1),
+        block=(64, 1, 1),
+    )
+
+    size = 16 * num_chunks
+    np.testing.assert_array_equal(out[:size], (source if is_sane else before)[:size])
+    np.testing.assert_array_equal(out[size:], before[size:])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -266,7 +382,7 @@ def test_the_search_goes_on_when_the_numbers_of_frames_wrap(kernels: CompiledKer
     kernels.launch(
         "edgetrack_settle",
         *(float32(0.5, 0.5, 0.2, 0.2), float32(0.9), float32(0.1)),
-        *(twins.rules, twins.target, twins.results),
+        *(twins.rules, twins.target, twins.results, NOWHERE, NOWHERE),
     )
 
     assert twins.target["frame_index"] == -(2**31)
@@ -294,6 +410,7 @@ def test_a_window_that_cannot_be_is_one_pixel(
     kernels.launch(
         "edgetrack_settle",
         *(no_box, float32(0.9), float32(0.1), twins.rules, target, twins.results),
+        *(NOWHERE, NOWHERE),
     )
 
     left, top, side = target["window"].item()

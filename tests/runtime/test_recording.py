@@ -56,6 +56,37 @@ def test_every_frame_comes_with_the_template_of_the_first(toy: Bundle, clip: Cli
         assert inputs.keys() == {"template", "template_bbox_cxcywh", "search_region"}
 
 
+def test_frames_come_with_what_was_carried_into_them(toy_with_memory: Bundle, clip: Clip) -> None:
+    frames, bbox = clip
+    bundle = toy_with_memory
+
+    recorded = [inputs for _, inputs in record_crops(bundle, frames, bbox, name="clip")]
+
+    assert [float(inputs["age"][0]) for inputs in recorded] == list(range(len(frames) - 1))
+    assert len({inputs["memory"].tobytes() for inputs in recorded}) == len(recorded)
+
+
+def test_the_crop_of_the_update_is_kept_beside_that_of_the_template(
+    toy_with_memory: Bundle, clip: Clip
+) -> None:
+    frames, bbox = clip
+    bundle = toy_with_memory
+    with Tracker(bundle, exit_policy=ExitPolicy.always_last(num_exits=3)) as tracker:
+        tracker.init(frames[0], bbox)
+        boxes = [np.array(tracker.update(frame).bbox, np.float32) for frame in frames[1:]]
+
+    recorded = [inputs for _, inputs in record_crops(bundle, frames, bbox, name="clip")]
+
+    for inputs, frame, found in zip(recorded, frames[1:], boxes, strict=True):
+        window = CropWindow.around(found, factor=bundle.crops.template_factor)
+        expected = crop(frame, window, bundle.crops.template_size_px)
+        np.testing.assert_array_equal(inputs["update.template"], expected)
+        np.testing.assert_array_equal(
+            inputs["update.template_bbox_cxcywh"][0], window.to_crop(found)
+        )
+        np.testing.assert_array_equal(inputs["template"], recorded[0]["template"])
+
+
 def test_frames_are_named(toy: Bundle, clip: Clip) -> None:
     frames, bbox = clip
 

@@ -28,6 +28,19 @@ def test_without_rules_the_answer_is_the_state() -> None:
     assert not target.is_lost
 
 
+def test_ostracks_geometry_settles_no_side_below_ten_pixels() -> None:
+    plain, published = (
+        TargetState(box(*START), frame_shape=FRAME, rules=TargetRules.off(), geometry=geometry)
+        for geometry in ("edgetrack", "ostrack")
+    )
+
+    for target in (plain, published):
+        target.settle(box(50, 60, 4, 30), 0.9)
+
+    np.testing.assert_allclose(plain.bbox_xywh, [50, 60, 4, 30])
+    np.testing.assert_allclose(published.bbox_xywh, [50, 60, 10, 30])
+
+
 def test_smoothing_keeps_a_share_of_the_last_centre_and_size() -> None:
     target = state(centre_smoothing=0.25, size_smoothing=0.5)
 

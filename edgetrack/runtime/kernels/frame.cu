@@ -28,13 +28,17 @@ struct Target {    // target.TargetState, and where the frame at work stands
   Window window;    // where to look in the next frame
   int frame_index;  // frames settled; the frame at work is the next one
   int exit_index;   // the exit that the frame at work takes
-  int padding[5];
+  int is_sane;      // whether the last answer was finite
+  float corner_x_px, corner_y_px;  // of the window, as maps between frame and crop take it
+  int padding[2];
 };
 
 struct Rules {  // target.TargetRules; a rule that is off by an infinity has a huge number
   double centre_smoothing, size_smoothing, max_size_change, unsure_score, search_growth, size_hold,
-      found_score, look_around, search_factor;
+      found_score, look_around, search_factor, template_factor;
   int patience, lost_after, width_px, height_px;
+  int is_ostrack;  // bundle.CropSpec.geometry
+  int padding;
 };
 
 struct Decision {  // policies.ExitPolicy
@@ -155,6 +159,17 @@ extern "C" __global__ void edgetrack_gate(const float* uncertainty, const float*
   cudaGraphSetConditional(handle, !stop);
 }
 
+// The same where the exit has a head of its own: it runs if the rest does not.
+extern "C" __global__ void edgetrack_gate_with_head(const float* uncertainty, const float* score,
+                                                    const Decision* decision, Target* target,
+                                                    int exit_index, unsigned long long handle,
+                                                    unsigned long long head_handle) {
+  bool stop = should_exit(*decision, exit_index, *uncertainty, *score);
+  target->exit_index = stop ? exit_index : exit_index + 1;
+  cudaGraphSetConditional(handle, !stop);
+  cudaGraphSetConditional(head_handle, stop);
+}
+
 // Decides behind an exit and tells the host: (frame number << 1) | whether to go on.
 extern "C" __global__ void edgetrack_gate_flag(const float* uncertainty, const float* score,
                                                const Decision* decision, Target* target,
@@ -191,9 +206,9 @@ __device__ __forceinline__ Span smoothed(Span answer, Span last, const Rules& ru
 }
 
 // TargetState._in_frame: boxes.clip_xywh with a margin of 10 px, then a side of at least 2 px.
-__device__ __forceinline__ Span in_frame(Span span, int frame_px) {
+__device__ __forceinline__ Span in_frame(Span span, int frame_px, bool is_ostrack) {
   float frame = (float)frame_px;
-  float least = minimum(maximum(span.size, 0.0f), 10.0f);
+  float least = minimum(maximum(span.size, is_ostrack ? 10.0f : 0.0f), 10.0f);
   float high = minimum(maximum(span.low + span.size, least), frame);
   float low = minimum(maximum(span.low, 0.0f), frame - least);
   return {low, maximum(maximum(high - low, least), 2.0f)};
@@ -215,8 +230,10 @@ __device__ __forceinline__ bool settle(Target& target, const Rules& rules, Span 
   target.is_lost = target.is_lost ? !is_found : target.num_unsure >= rules.lost_after;
   if (is_taken) {
     double hold = max(rules.size_smoothing, is_unsure ? rules.size_hold : 0.0);
-    across = in_frame(smoothed(across, {target.x, target.w}, rules, hold), rules.width_px);
-    down = in_frame(smoothed(down, {target.y, target.h}, rules, hold), rules.height_px);
+    across = smoothed(across, {target.x, target.w}, rules, hold);
+    down = smoothed(down, {target.y, target.h}, rules, hold);
+    across = in_frame(across, rules.width_px, rules.is_ostrack);
+    down = in_frame(down, rules.height_px, rules.is_ostrack);
     target.x = across.low, target.y = down.low, target.w = across.size, target.h = down.size;
   }
   return is_sane;
@@ -228,12 +245,24 @@ __device__ __forceinline__ int whole_px(double value, int fallback) {
   return fabs(value) < 524288.0 ? (int)value : fallback;
 }
 
+// CropWindow.around: sets the window and its corner. The place is a float, as in the host's boxes.
+__device__ __forceinline__ void set_window(Target& target, bool is_ostrack, float x, float y,
+                                           double w, double h, double factor) {
+  int side = max(whole_px(ceil(sqrt(w * h) * factor), 1), 1);
+  double left = x + w / 2 - side / 2.0, top = y + h / 2 - side / 2.0;
+  Window window = {whole_px(rint(left), 0), whole_px(rint(top), 0), side};
+  target.window = window;
+  target.corner_x_px = is_ostrack ? (float)left : (float)window.left_px;
+  target.corner_y_px = is_ostrack ? (float)top : (float)window.top_px;
+}
+
 // TargetState.search_window
-__device__ __forceinline__ Window search_window(const Target& target, const Rules& rules) {
+__device__ __forceinline__ void aim_search(Target& target, const Rules& rules) {
   double factor = rules.search_factor;
   if (rules.unsure_score != 0.0 && target.num_unsure >= rules.patience)
     factor *= rules.search_growth;
-  double x = target.x, y = target.y, w = target.w, h = target.h;
+  float x = target.x, y = target.y;
+  double w = target.w, h = target.h;
   if (looks_beside(target, rules)) {
     int turn = max(target.num_unsure - rules.lost_after, 0) / 2 + 1;
     double reach = rules.look_around * factor * sqrt(w * h) * sqrt((double)turn);
@@ -242,40 +271,81 @@ __device__ __forceinline__ Window search_window(const Target& target, const Rule
     double centre_y = min(max(y + h / 2 + reach * sin(angle), 0.0), (double)rules.height_px);
     x = (float)(centre_x - w / 2), y = (float)(centre_y - h / 2);
   }
-  int side = max(whole_px(ceil(sqrt(w * h) * factor), 1), 1);
-  return {whole_px(rint(x + w / 2 - side / 2.0), 0), whole_px(rint(y + h / 2 - side / 2.0), 0),
-          side};
+  set_window(target, rules.is_ostrack, x, y, w, h, factor);
+}
+
+// The crop of the update graph: the target as it is in frame `number`, and where it is in the crop.
+__device__ __forceinline__ void aim_update(Target* out, float* bbox_cxcywh, Target target,
+                                           const Rules& rules, unsigned number) {
+  set_window(target, rules.is_ostrack, target.x, target.y, target.w, target.h,
+             rules.template_factor);
+  target.frame_index = (int)(number - 1u);
+  *out = target;
+  if (!bbox_cxcywh) return;
+  float side = (float)target.window.side_px;  // CropWindow.to_crop
+  bbox_cxcywh[0] = (target.x + target.w / 2.0f - target.corner_x_px) / side;
+  bbox_cxcywh[1] = (target.y + target.h / 2.0f - target.corner_y_px) / side;
+  bbox_cxcywh[2] = target.w / side;
+  bbox_cxcywh[3] = target.h / side;
+}
+
+__device__ __forceinline__ void tell(Result* results, unsigned number) {
+  __threadfence_system();  // who sees the sequence sees all the rest
+  *(volatile unsigned*)&results[number % RING].sequence = number;
 }
 
 // Turns the answer of the exit that was taken into the target's state, the next window and the
-// frame's result.
+// frame's result. With a `template_target`, says there where to cut the update graph's crop, and
+// leaves it to edgetrack_tell to say that the frame is done.
 extern "C" __global__ void edgetrack_settle(const float* bbox_cxcywh, const float* score,
                                             const float* uncertainty, const Rules* rules,
-                                            Target* target, Result* results) {
+                                            Target* target, Result* results,
+                                            Target* template_target,
+                                            float* template_bbox_cxcywh) {
   Target state = *target;
-  Window window = state.window;
-  float side = (float)window.side_px;
+  float side = (float)state.window.side_px;
   Span across = {bbox_cxcywh[0] * side, bbox_cxcywh[2] * side};  // CropWindow.to_frame
   Span down = {bbox_cxcywh[1] * side, bbox_cxcywh[3] * side};
-  across.low = across.low - across.size / 2.0f + (float)window.left_px;
-  down.low = down.low - down.size / 2.0f + (float)window.top_px;
-  bool is_sane = settle(state, *rules, across, down, *score);
-  state.window = search_window(state, *rules);
+  across.low = across.low - across.size / 2.0f + state.corner_x_px;
+  down.low = down.low - down.size / 2.0f + state.corner_y_px;
+  state.is_sane = settle(state, *rules, across, down, *score);
+  aim_search(state, *rules);
   unsigned number = (unsigned)state.frame_index + 1u;
   state.frame_index = (int)number;
   *target = state;
 
   Result* result = results + number % RING;
   result->x = state.x, result->y = state.y, result->w = state.w, result->h = state.h;
-  result->score = is_sane ? *score : 0.0f;
+  result->score = state.is_sane ? *score : 0.0f;
   result->uncertainty = *uncertainty;
   result->exit_index = state.exit_index;
   result->is_lost = state.is_lost;
   result->window = state.window;
   result->answer[0] = across.low, result->answer[1] = down.low;
   result->answer[2] = across.size, result->answer[3] = down.size;
-  __threadfence_system();  // who sees the sequence sees all the rest
-  *(volatile unsigned*)&result->sequence = number;
+  if (template_target)
+    aim_update(template_target, template_bbox_cxcywh, state, *rules, number);
+  else
+    tell(results, number);
+}
+
+// Says that the frame that was settled last is done: its pixels are not read any more.
+extern "C" __global__ void edgetrack_tell(const Target* target, Result* results) {
+  tell(results, (unsigned)target->frame_index);
+}
+
+struct alignas(16) Chunk {
+  unsigned long long low, high;
+};
+
+// Copies what the update graph wrote to where the next frame reads it, unless the frame's answer
+// was no number.
+extern "C" __global__ void edgetrack_carry(const Target* target, const Chunk* __restrict__ source,
+                                           Chunk* __restrict__ out, unsigned num_chunks) {
+  if (!target->is_sane) return;
+  for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < num_chunks;
+       i += gridDim.x * blockDim.x)
+    out[i] = source[i];
 }
 
 // Tells at start-up whether this device runs conditional graph nodes.

@@ -1,48 +1,33 @@
-"""The bundle: the one thing that the author side and the device side share.
+"""The bundle as a folder with a manifest: read, checked, written."""
 
-A bundle is a folder of plain files: ``manifest.json``, ``template.onnx`` (run once per template),
-``segment_0.onnx … segment_n.onnx``, and optionally ``weights.safetensors`` (trainable weights;
-only the author side reads them).
-
-Tensor names are one flat name space: a graph reads the tensor that another graph wrote under
-the same name. The template graph reads ``template`` and ``template_bbox_cxcywh``; segment 0 reads
-``search_region``; every segment writes its answer, ``bbox_cxcywh``, ``score`` and ``uncertainty``,
-over the answer of the segment before it.
-"""
-
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import reprlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgetrack.bundle.checks import find_problem
+from edgetrack.bundle.folder import sha256_of
+from edgetrack.bundle.specs import GEOMETRIES, CropSpec, GraphSpec, TensorSpec, host_tensors
 from edgetrack.errors import BundleError, BundleFormatError, BundleTamperedError
 
 __all__ = [
-    "ANSWER_NAMES",
     "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "WEIGHTS_NAME",
     "Bundle",
-    "CropSpec",
-    "GraphSpec",
-    "TensorSpec",
     "default_bundle_path",
-    "sha256_of",
-    "whole_folder",
 ]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
-_ANSWER_SHAPES = {"bbox_cxcywh": (1, 4), "score": (1,), "uncertainty": (1,)}
-ANSWER_NAMES = tuple(_ANSWER_SHAPES)
+_OPTIONAL_KEYS = ("heads", "update", "carried")
 _KIND_NAMES: Mapping[type, str] = {
     dict: "an object",
     float: "a number",
@@ -50,56 +35,6 @@ _KIND_NAMES: Mapping[type, str] = {
     list: "a list",
     str: "a text",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """Name, dtype (NumPy's name for it) and static shape of one tensor."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphSpec:
-    """One ONNX graph of a bundle.
-
-    Attributes:
-        name: ``template`` or ``segment_<k>``.
-        file: File name inside the bundle.
-        inputs: What it reads, in the order of the graph.
-        outputs: What it writes.
-        macs: Multiply-accumulates of one run, attention products included.
-    """
-
-    name: str
-    file: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    macs: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropSpec:
-    """Sizes of the two crops.
-
-    Attributes:
-        template_size_px: Side of the template crop.
-        template_factor: Side of its window in the frame over the root of the box's area.
-        search_size_px: Side of the search-region crop.
-        search_factor: The same factor for the search region.
-    """
-
-    template_size_px: int
-    template_factor: float
-    search_size_px: int
-    search_factor: float
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be cropped."""
-        if not all(value > 0 for value in dataclasses.astuple(self)):
-            raise ValueError(f"crops: expected positive sizes and factors, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +57,9 @@ class Bundle:
             rule that is not named is off.
         provenance: How the weights came to be: data, recipe, samples seen, metrics.
         licence: A note on what the weights may be used for.
+        heads: Empty, or one graph per exit: what gives its box, run only where it is taken.
+        update: The graph that is run once per frame behind the answer, if there is one.
+        carried: Tensor that the next frame reads → tensor that the update graph wrote.
         files: File name → SHA-256 of its content.
     """
 
@@ -139,6 +77,9 @@ class Bundle:
     rules: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     licence: str = ""
+    heads: tuple[GraphSpec, ...] = ()
+    update: GraphSpec | None = None
+    carried: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -148,8 +89,24 @@ class Bundle:
 
     @property
     def graphs(self) -> tuple[GraphSpec, ...]:
-        """The template graph and all segments, in the order in which they run."""
-        return (self.template, *self.segments)
+        """All graphs: the template graph, segments, heads, and the update graph."""
+        graphs = (self.template, *self.segments, *self.heads, self.update)
+        return tuple(graph for graph in graphs if graph is not None)
+
+    @property
+    def graphs_in_turn(self) -> tuple[GraphSpec, ...]:
+        """All graphs as a frame runs them that asks every exit: each head behind its segment."""
+        exits = itertools.chain(*itertools.zip_longest(self.segments, self.heads))
+        graphs = (self.template, *exits, self.update)
+        return tuple(graph for graph in graphs if graph is not None)
+
+    @property
+    def exit_macs(self) -> tuple[int, ...]:
+        """Multiply-accumulates of a frame that stops at each exit, its head and the update in."""
+        heads = [head.macs for head in self.heads] or [0] * self.num_exits
+        update = 0 if self.update is None else self.update.macs
+        segments = itertools.accumulate(segment.macs for segment in self.segments)
+        return tuple(done + head + update for done, head in zip(segments, heads, strict=True))
 
     @property
     def digest(self) -> str:
@@ -207,6 +164,19 @@ class Bundle:
                     "changed or damaged, copy the bundle again"
                 )
 
+    def recorded_inputs(self, graph: GraphSpec) -> Mapping[str, TensorSpec]:
+        """What a graph reads that no graph wrote in the same frame: crops, and what was carried.
+
+        Returns:
+            Name under which ``runtime.recording`` keeps it → the tensor. They differ where one
+            tensor is written twice in a frame: the update graph's crop is ``update.template``.
+        """
+        host = host_tensors(graph.name, self.crops)
+        prefix = "update." if graph is self.update else ""
+        recorded = {prefix + spec.name: spec for spec in graph.inputs if spec.name in host}
+        carried = {spec.name: spec for spec in graph.inputs if spec.name in self.carried}
+        return {**recorded, **carried}
+
     def graph_path(self, graph: GraphSpec) -> Path:
         """Where a graph of this bundle lies."""
         return self.path / graph.file
@@ -236,6 +206,9 @@ class Bundle:
         _check(bundle)
         manifest = dataclasses.asdict(bundle)
         del manifest["path"]
+        for key in _OPTIONAL_KEYS:  # those of a family that has them
+            if not manifest[key]:
+                del manifest[key]
         text = json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1)
         partial = self.path / f".{MANIFEST_NAME}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
@@ -245,39 +218,7 @@ class Bundle:
 
 def default_bundle_path() -> Path:
     """Folder of the bundle that ships with the package."""
-    return Path(__file__).parent / "zoo" / "early_exit_vit-tiny"
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes ``target`` only if the block succeeds.
-
-    A killed or failed writer leaves no half-written ``target``, and the old one stays until the
-    new one is complete.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = partial.with_name(partial.name + ".old")
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)  # interrupted between the two renames
-        for folder in (partial, old):
-            shutil.rmtree(folder, ignore_errors=True)
+    return Path(__file__).parents[1] / "zoo" / "early_exit_vit-tiny"
 
 
 def _from_manifest(folder: Path, manifest: Any) -> Bundle:
@@ -323,7 +264,7 @@ def _parsed(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
         config=_get(manifest, "config", dict),
         crops=_crops(_get(manifest, "crops", dict)),
         template=_graph(_get(manifest, "template", dict)),
-        segments=tuple(_graph(s) for s in _all(_get(manifest, "segments", list), dict, "segments")),
+        segments=_graphs(_get(manifest, "segments", list), "segments"),
         operating_points={
             k: tuple(_all(_typed(v, list, f"operating point {k!r}"), float, f"thresholds of {k!r}"))
             for k, v in points.items()
@@ -335,6 +276,12 @@ def _parsed(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
         },
         provenance=_get(manifest, "provenance", dict),
         licence=_get(manifest, "licence", str),
+        heads=_graphs(_typed(manifest.get("heads", []), list, "'heads'"), "heads"),
+        update=_graph(_get(manifest, "update", dict)) if "update" in manifest else None,
+        carried={
+            k: _typed(v, str, f"carried {k!r}")
+            for k, v in _typed(manifest.get("carried", {}), dict, "'carried'").items()
+        },
         files={
             k: _typed(v, str, f"hash of {k!r}") for k, v in _get(manifest, "files", dict).items()
         },
@@ -350,6 +297,7 @@ def _crops(entry: Mapping[str, Any]) -> CropSpec:
         template_factor=_get(entry, "template_factor", float),
         search_size_px=_get(entry, "search_size_px", int),
         search_factor=_get(entry, "search_factor", float),
+        geometry=_typed(entry.get("geometry", GEOMETRIES[0]), str, "'geometry'"),
     )
 
 
@@ -361,6 +309,10 @@ def _graph(entry: Mapping[str, Any]) -> GraphSpec:
         outputs=_tensors(_get(entry, "outputs", list)),
         macs=_get(entry, "macs", int),
     )
+
+
+def _graphs(entries: Sequence[Any], what: str) -> tuple[GraphSpec, ...]:
+    return tuple(_graph(entry) for entry in _all(entries, dict, what))
 
 
 def _tensors(entries: Sequence[Any]) -> tuple[TensorSpec, ...]:
@@ -392,88 +344,7 @@ def _typed(value: Any, kind: type, what: str) -> Any:
 
 def _check(bundle: Bundle) -> None:
     """Refuse a bundle whose parts do not fit together."""
-    problems = itertools.chain(
-        _value_problems(bundle),
-        _file_problems(bundle),
-        _dataflow_problems(bundle),
-        _threshold_problems(bundle),
-    )
-    for problem in problems:
+    if problem := find_problem(bundle):
         raise BundleFormatError(
             f"{bundle.path / MANIFEST_NAME}: {problem}; export the bundle again"
-        )
-
-
-def _value_problems(bundle: Bundle) -> Iterator[str]:
-    """The name becomes part of file names; shares of the work are counted in MACs."""
-    if bundle.name in ("", ".", "..") or "/" in bundle.name or "\\" in bundle.name:
-        yield f"'name': expected a name without path separators, got {bundle.name!r}"
-    for graph in bundle.graphs:  # a graph without products has none
-        if graph.macs < 0:
-            yield f"{graph.name}: expected 'macs' of at least 0, got {graph.macs}"
-
-
-def _file_problems(bundle: Bundle) -> Iterator[str]:
-    """Files lie in the bundle's own folder, whatever a manifest from elsewhere says."""
-    for name in bundle.files:
-        if name == ".." or Path(name).name != name:
-            yield f"expected names of files in this folder under 'files', got {name!r}"
-    for graph in bundle.graphs:
-        if graph.file not in bundle.files:
-            yield f"{graph.name}: expected a file listed under 'files', got {graph.file!r}"
-
-
-def _dataflow_problems(bundle: Bundle) -> Iterator[str]:
-    """Every tensor that a graph reads is written before it, with the same dtype and shape."""
-    names = [graph.name for graph in bundle.graphs]
-    expected = ["template", *(f"segment_{k}" for k in range(max(bundle.num_exits, 1)))]
-    if names != expected:
-        yield f"expected the graphs {expected}, got {names}"
-    known: dict[str, TensorSpec] = {}
-    for graph in bundle.graphs:
-        readable = known | _host_tensors(graph.name, bundle.crops)
-        for spec in graph.inputs:
-            if readable.get(spec.name) != spec:
-                yield (
-                    f"{graph.name}: expected input {spec} to be written before, got "
-                    f"{readable.get(spec.name)}"
-                )
-        outputs = {t.name: t for t in graph.outputs}
-        # The answer is one buffer for all exits, so all must agree on it.
-        for name, shape in _ANSWER_SHAPES.items() if graph is not bundle.template else ():
-            spec = TensorSpec(name=name, dtype="float32", shape=shape)
-            if outputs.get(name) != spec:
-                yield f"{graph.name}: expected output {spec}, got {outputs.get(name)}"
-        for spec in graph.outputs:
-            if known.setdefault(spec.name, spec) != spec:
-                yield f"{graph.name}: expected output {known[spec.name]} as before, got {spec}"
-
-
-def _host_tensors(graph_name: str, crops: CropSpec) -> dict[str, TensorSpec]:
-    """What the host writes before it runs a graph."""
-
-    def image(name: str, side_px: int) -> TensorSpec:
-        return TensorSpec(name=name, dtype="uint8", shape=(1, side_px, side_px, 3))
-
-    bbox = TensorSpec(name="template_bbox_cxcywh", dtype="float32", shape=(1, 4))
-    specs = {
-        "template": (image("template", crops.template_size_px), bbox),
-        "segment_0": (image("search_region", crops.search_size_px),),
-    }
-    return {spec.name: spec for spec in specs.get(graph_name, ())}
-
-
-def _threshold_problems(bundle: Bundle) -> Iterator[str]:
-    """Every operating point has a threshold for each exit but the last."""
-    count = bundle.num_exits - 1
-    for name, thresholds in bundle.operating_points.items():
-        if len(thresholds) != count or not all(t >= 0 for t in thresholds):
-            yield (
-                f"operating point {name!r}: expected {count} thresholds of at least 0, got "
-                f"{list(thresholds)}"
-            )
-    if bundle.operating_point not in bundle.operating_points:
-        yield (
-            f"expected operating_point among {sorted(bundle.operating_points)}, got "
-            f"{bundle.operating_point!r}"
         )

@@ -1,25 +1,22 @@
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from manifests import Manifest, change_manifest, put
 from toy_bundle import write_toy_bundle
 
 from edgetrack.bundle import (
     FORMAT_VERSION,
     Bundle,
-    CropSpec,
     default_bundle_path,
     sha256_of,
-    whole_folder,
 )
 from edgetrack.errors import BundleError, BundleFormatError, BundleTamperedError
 
-Manifest = dict[str, Any]
 KEYS = (
     "name",
     "family",
@@ -36,36 +33,6 @@ KEYS = (
     "licence",
     "files",
 )
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_bundle(tmp_path_factory.mktemp("pristine") / "bundle").path
-
-
-@pytest.fixture
-def folder(pristine: Path, tmp_path: Path) -> Path:
-    """A bundle's folder to spoil."""
-    return shutil.copytree(pristine, tmp_path / "bundle")
-
-
-def change_manifest(folder: Path, change: Callable[[Manifest], object]) -> None:
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    change(manifest)
-    file.write_text(json.dumps(manifest))
-
-
-def put(*path: str | int, value: Any) -> Callable[[Manifest], None]:
-    """A change that puts a value at a place in the manifest."""
-
-    def change(manifest: Manifest) -> None:
-        place: Any = manifest
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
-
-    return change
 
 
 def test_what_is_written_is_loaded(pristine: Path, tmp_path: Path) -> None:
@@ -94,6 +61,56 @@ def test_the_graphs_are_in_the_order_in_which_they_run(pristine: Path) -> None:
     assert [g.name for g in bundle.graphs] == ["template", "segment_0", "segment_1", "segment_2"]
     assert bundle.num_exits == 3
     assert bundle.graph_path(bundle.template) == pristine / "template.onnx"
+
+
+def test_heads_and_updates_are_written_and_loaded(tmp_path: Path) -> None:
+    written = write_toy_bundle(tmp_path / "toy", heads=True, memory=True)
+
+    loaded = Bundle.load(written.path)
+
+    heads = ("head_0", "head_1", "head_2")
+    segments = ("segment_0", "segment_1", "segment_2")
+    assert loaded == written
+    assert tuple(g.name for g in loaded.graphs) == ("template", *segments, *heads, "update")
+    in_turn = [name for pair in zip(segments, heads, strict=True) for name in pair]
+    assert [g.name for g in loaded.graphs_in_turn] == ["template", *in_turn, "update"]
+    assert loaded.carried == {"memory": "next_memory", "age": "next_age"}
+
+
+def test_what_a_frame_is_recorded_under_is_told_apart(tmp_path: Path) -> None:
+    bundle = write_toy_bundle(tmp_path / "toy", heads=True, memory=True)
+
+    recorded = {
+        g.name: {name: spec.name for name, spec in bundle.recorded_inputs(g).items()}
+        for g in bundle.graphs
+    }
+
+    crops = ("template", "template_bbox_cxcywh")
+    assert recorded["template"] == {name: name for name in crops}
+    assert recorded["segment_0"] == {"search_region": "search_region", "memory": "memory"}
+    assert recorded["head_1"] == {}
+    fresh = {f"update.{name}": name for name in crops}
+    assert recorded["update"] == {**fresh, "memory": "memory", "age": "age"}
+
+
+def test_the_cost_of_an_exit_is_of_all_that_runs_up_to_it(tmp_path: Path) -> None:
+    plain = write_toy_bundle(tmp_path / "plain")
+    full = write_toy_bundle(tmp_path / "full", heads=True, memory=True)
+
+    assert full.update is not None
+    first, second, third = (segment.macs for segment in plain.segments)
+    assert plain.exit_macs == (first, first + second, first + second + third)
+    head, update = full.heads[0].macs, full.update.macs
+    assert full.exit_macs == tuple(macs + head + update for macs in plain.exit_macs)
+
+
+@pytest.mark.parametrize("name", ["head_1", "update"])
+def test_the_digest_is_of_heads_and_update_too(tmp_path: Path, name: str) -> None:
+    bundle = write_toy_bundle(tmp_path / "toy", heads=True, memory=True)
+
+    (bundle.path / f"{name}.onnx").write_bytes(b"another graph")
+
+    assert bundle.write().digest != bundle.digest
 
 
 def test_the_digest_is_of_the_graphs_alone(folder: Path) -> None:
@@ -257,7 +274,14 @@ def test_a_value_of_the_wrong_kind_is_refused(
         (put("rules", value=[]), r"'rules': expected an object, got \[\]"),
         (put("rules", value={"patience": "two"}), "rule 'patience': expected a number, got 'two'"),
         (put("operating_point", value=[]), r"'operating_point': expected a text, got \[\]"),
+        (put("heads", value={}), r"'heads': expected a list, got {}"),
+        (put("heads", value=[3]), "heads: expected an object, got 3"),
+        (put("update", value=None), "'update': expected an object, got None"),
+        (put("carried", value=[]), r"'carried': expected an object, got \[\]"),
+        (put("carried", value={"bank": 1}), "carried 'bank': expected a text, got 1"),
         (put("crops", "search_factor", value="4"), "'search_factor': expected a number, got '4'"),
+        (put("crops", "geometry", value=4), "'geometry': expected a text, got 4"),
+        (put("crops", "geometry", value="x"), "crops: expected a geometry among .*got 'x'"),
         (put("crops", "margin", value=1), r"crops: expected the keys .*, got \['margin'\] besides"),
     ],
 )
@@ -320,71 +344,6 @@ def test_verifying_can_wait(folder: Path) -> None:
         bundle.verify()
 
 
-ANSWER = [
-    {"name": "bbox_cxcywh", "dtype": "float32", "shape": [1, 4]},
-    {"name": "score", "dtype": "float32", "shape": [1]},
-    {"name": "uncertainty", "dtype": "float32", "shape": [1]},
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (put("segments", value=[]), r"expected the graphs \['template', 'segment_0'\]"),
-        (put("segments", 1, "name", value="segment_0"), "expected the graphs .*'segment_1'"),
-        (put("template", "inputs", 0, "name", value="image"), "template: expected input .*image"),
-        (
-            put("template", "inputs", 0, "shape", value=[1, 48, 48, 3]),
-            "template: expected input .*48, 48, 3.*got .*32, 32, 3",
-        ),
-        (put("crops", "search_size_px", value=128), "segment_0: expected input .*search_region"),
-        (put("segments", 1, "inputs", 0, "name", value="tokens_7"), "segment_1: .*tokens_7.*None"),
-        (
-            put("segments", 1, "inputs", 0, "name", value="search_region"),
-            "segment_1: expected input .*search_region",
-        ),
-        (
-            put("segments", 1, "inputs", 0, "dtype", value="float16"),
-            "segment_1: expected input .*float16.*got .*float32",
-        ),
-        (
-            put("segments", 1, "inputs", 0, "shape", value=[1, 80, 9]),
-            r"segment_1: expected input .*\(1, 80, 9\).*got .*\(1, 80, 8\)",
-        ),
-        (put("segments", 2, "outputs", value=ANSWER[:2]), "segment_2: .*'uncertainty'.*got None"),
-        (
-            put("segments", 0, "outputs", 3, "dtype", value="float16"),
-            "segment_0: expected output .*'uncertainty'.*float32.*got .*float16",
-        ),
-        (
-            put("segments", 1, "outputs", 0, "name", value="tokens_0"),
-            "segment_2: expected input .*tokens_1.*got None",
-        ),
-        (
-            put("segments", 1, "outputs", 0, value={**ANSWER[0], "name": "tokens_0"}),
-            "segment_1: expected output .*tokens_0.* as before, got",
-        ),
-    ],
-)
-def test_graphs_that_do_not_fit_together_are_refused(
-    folder: Path, change: Callable[[Manifest], None], message: str
-) -> None:
-    change_manifest(folder, change)
-
-    with pytest.raises(BundleFormatError, match=message):
-        Bundle.load(folder)
-
-
-@pytest.mark.parametrize("thresholds", [[], [0.5], [0.5, 0.5, 0.5], [0.5, -0.1], [0.5, None]])
-def test_operating_points_need_a_threshold_per_exit_but_the_last(
-    folder: Path, thresholds: list[Any]
-) -> None:
-    change_manifest(folder, put("operating_points", "fast", value=thresholds))
-
-    with pytest.raises(BundleFormatError, match=r"manifest\.json: .*expected"):
-        Bundle.load(folder)
-
-
 def test_the_default_operating_point_must_be_one(folder: Path) -> None:
     change_manifest(folder, put("operating_point", value="quick"))
 
@@ -400,82 +359,3 @@ def test_a_bundle_that_does_not_fit_is_not_written(folder: Path) -> None:
         bundle.write()
 
     assert (folder / "manifest.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
-def test_crops_of_no_size_are_refused(value: float) -> None:
-    sizes = {"template_size_px": 64, "search_size_px": 128, "search_factor": 4.0}
-
-    with pytest.raises(ValueError, match=r"^crops: expected positive sizes and factors"):
-        CropSpec(**sizes, template_factor=value)  # type: ignore[arg-type]  # sizes are whole
-
-
-def test_a_whole_folder_appears_at_the_end(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "target"
-
-    with whole_folder(target) as folder:
-        (folder / "a").write_text("new")
-        assert not target.exists()
-
-    assert (target / "a").read_text() == "new"
-    assert list(target.parent.iterdir()) == [target]
-    assert target.stat().st_mode & 0o777 == 0o755
-
-
-def test_a_whole_folder_replaces_the_old_one(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_text("old")
-
-    with whole_folder(target) as folder:
-        (folder / "a").write_text("new")
-        assert (target / "old").read_text() == "old"
-
-    assert [file.name for file in target.iterdir()] == ["a"]
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def write_half(target: Path, error: type[BaseException]) -> None:
-    with whole_folder(target) as folder:
-        (folder / "a").write_text("half")
-        raise error
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_writer_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error):
-        write_half(tmp_path / "target", error)
-
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_writer_leaves_the_old_folder(tmp_path: Path, error: type[BaseException]) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_text("old")
-
-    with pytest.raises(error):
-        write_half(target, error)
-
-    assert list(tmp_path.rglob("*")) == [target, target / "old"]
-
-
-def test_ctrl_c_as_folders_are_swapped_leaves_the_old_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target, rename = tmp_path / "target", Path.rename
-    target.mkdir()
-    (target / "old").write_text("old")
-
-    def interrupted(path: Path, to: Path) -> Path:
-        if to == target and not path.name.endswith(".old"):
-            raise KeyboardInterrupt
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-
-    with pytest.raises(KeyboardInterrupt), whole_folder(target):
-        pass
-
-    assert list(tmp_path.rglob("*")) == [target, target / "old"]

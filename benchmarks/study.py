@@ -33,6 +33,7 @@ def train_and_export(
     label: str,
     stem: Path | None = None,
     start: Bundle | None = None,
+    teacher: Bundle | None = None,
     pseudo_tracks: Path | None = None,
 ) -> Path:
     """Train and export a recipe in the folder of its name; the bundle, if that was done before.
@@ -43,9 +44,8 @@ def train_and_export(
         CheckpointError: The folder holds a run with other settings.
     """
     if stem is None and start is None:
-        first, second = recipe.stages
-        first = dataclasses.replace(first, frozen_stem_share=0.0)
-        recipe = dataclasses.replace(recipe, stages=(first, second))
+        stages = (dataclasses.replace(stage, frozen_stem_share=0.0) for stage in recipe.stages)
+        recipe = dataclasses.replace(recipe, stages=tuple(stages))
     folder = work / recipe.name
     bundle = folder / "bundle"
     if (bundle / "manifest.json").is_file() and _is_of(folder, recipe):
@@ -65,6 +65,7 @@ def train_and_export(
         folder,
         stem=stem,
         start=start,
+        teacher=teacher,
         pseudo_tracks=pseudo_tracks,
         on_progress=show,
     )
@@ -72,10 +73,10 @@ def train_and_export(
     export_bundle(
         model,
         bundle,
-        name="early_exit_vit-study",
+        name=f"{model.family}-study",
         operating_points={"balanced": (0.3,) * (model.num_exits - 1)},
         operating_point="balanced",
-        provenance={},
+        provenance={"samples": [s.num_steps * s.batch_size for s in recipe.stages]},
         licence="a study; not for use",
     )
     return bundle

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetrack.bundle import Bundle
 from edgetrack.errors import EdgeTrackError
 from edgetrack.power import (
     MachineState,
@@ -220,13 +221,20 @@ def bench(
             "thresholds": list(tracker.exit_policy.thresholds),
             "num_warm_up": num_warm_up,
             "batch": 1,
-            "timed": "crop, segments, decisions, mapping back",
+            "timed": _timed(tracker.bundle),
         },
         before=before if before.is_known else None,
         after=after if after.is_known else None,
         gpu=gpu,
         energy=energy,
     )
+
+
+def _timed(bundle: Bundle) -> str:
+    """What a latency includes."""
+    heads = ["heads"] if bundle.heads else []
+    update = ["update"] if bundle.update is not None else []
+    return ", ".join(["crop", "segments", *heads, "decisions", "mapping back", *update])
 
 
 @dataclass(frozen=True)

@@ -58,18 +58,24 @@ def iou_xywh(a: Boxes, b: Boxes) -> Boxes:
 
 
 def clip_xywh(
-    boxes_xywh: Boxes, *, width_px: float, height_px: float, margin_px: float = 0.0
+    boxes_xywh: Boxes,
+    *,
+    width_px: float,
+    height_px: float,
+    margin_px: float = 0.0,
+    min_side_px: float = 0.0,
 ) -> Boxes:
     """Clip boxes ``(..., 4)`` to a frame.
 
     A box that leaves the frame keeps a strip inside it, ``margin_px`` wide or as wide as the box
-    where that is less. Sizes are never negative.
+    where that is less. Sizes are at least ``min_side_px``, which is at most ``margin_px``: equal to
+    it, this is OSTrack's ``clip_box``.
     """
     # Both axes at once, without np.clip: this runs once per tracked frame.
     boxes = np.asarray(boxes_xywh)
     low, size = boxes[..., :2], boxes[..., 2:]
     frame = np.array([width_px, height_px], boxes.dtype)
-    least = np.minimum(np.maximum(size, 0), margin_px)
+    least = np.minimum(np.maximum(size, min_side_px), margin_px)
     high = np.minimum(np.maximum(low + size, least), frame)
     low = np.minimum(np.maximum(low, 0), frame - least)
     return np.concatenate([low, np.maximum(high - low, least)], -1)

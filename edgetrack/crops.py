@@ -2,10 +2,11 @@
 
 The geometry is OSTrack's (Ye et al., ECCV 2022, arXiv 2203.11991): a square window of side
 ``ceil(sqrt(w * h) * factor)`` at whole pixels around the target, zeros outside the frame, and a
-bilinear resize. Two differences: the map back uses the window that was really cut, where
-OSTrack ignores the rounding of its corner (up to half a pixel); and the last real column and row
-are kept at the right and bottom border, where OSTrack blanks them. The same code cuts crops in
-training and at run time.
+bilinear resize. Three differences: the map back uses the window that was really cut, where
+OSTrack ignores the rounding of its corner (up to half a pixel); the frame's last column and row
+are kept where the window reaches the right or bottom border, where OSTrack blanks them; and large
+windows are sampled without a padded copy. A bundle whose manifest says ``geometry: ostrack`` gets
+the crops that its weights were published with, all three included.
 """
 
 import math
@@ -24,6 +25,8 @@ except ImportError as error:
 
 __all__ = ["CropWindow", "Cropper", "to_rgb"]
 
+_OSTRACK = "ostrack"
+
 # A padded copy of a larger window would cost more than the network: 100 MB for a target that fills
 # a 1080p frame. Such a window is sampled straight from the frame, to 1/32 of a pixel.
 _LARGE_SIDE_PX = 1024
@@ -40,18 +43,34 @@ class CropWindow:
         left_px: Left edge.
         top_px: Top edge.
         side_px: Side, at least 1.
+        shift_x_px: What maps between frame and crop add to the left edge: with OSTrack's geometry
+            they take the edge before it was rounded.
+        shift_y_px: The same of the top edge.
     """
 
     left_px: int
     top_px: int
     side_px: int
+    shift_x_px: float = 0.0
+    shift_y_px: float = 0.0
 
     @classmethod
-    def around(cls, bbox_xywh: npt.NDArray[Any], *, factor: float) -> "CropWindow":
-        """The window around a box, ``factor`` times the root of its area wide."""
+    def around(
+        cls, bbox_xywh: npt.NDArray[Any], *, factor: float, geometry: str = "edgetrack"
+    ) -> "CropWindow":
+        """The window around a box, ``factor`` times the root of its area wide.
+
+        Args:
+            bbox_xywh: Frame pixels, ``(4,)``.
+            factor: Side over the root of the box's area.
+            geometry: ``bundle.CropSpec.geometry``.
+        """
         x, y, w, h = (float(v) for v in bbox_xywh)
         side = max(math.ceil(math.sqrt(w * h) * factor), 1)
-        return cls(round(x + w / 2 - side / 2), round(y + h / 2 - side / 2), side)
+        left, top = x + w / 2 - side / 2, y + h / 2 - side / 2
+        if geometry == _OSTRACK:
+            return cls(round(left), round(top), side, left - round(left), top - round(top))
+        return cls(round(left), round(top), side)
 
     def is_inside(self, frame_shape: tuple[int, ...]) -> bool:
         """Whether a frame ``(H, W, …)`` holds the whole window."""
@@ -65,7 +84,7 @@ class CropWindow:
     def to_crop(self, bbox_xywh: npt.NDArray[Any]) -> Float32Array:
         """Frame pixels, xywh → cxcywh normalised to the crop; boxes ``(..., 4)``."""
         x, y, w, h = np.moveaxis(np.asarray(bbox_xywh, np.float32), -1, 0)
-        centre_x, centre_y = x + w / 2 - self.left_px, y + h / 2 - self.top_px
+        centre_x, centre_y = x + w / 2 - self._corner_px[0], y + h / 2 - self._corner_px[1]
         boxes = np.stack([centre_x, centre_y, w, h], -1) / self.side_px
         return boxes.astype(np.float32)
 
@@ -73,8 +92,12 @@ class CropWindow:
         """Cxcywh normalised to the crop → frame pixels, xywh; boxes ``(..., 4)``."""
         boxes = np.asarray(bbox_cxcywh, np.float32) * np.float32(self.side_px)
         boxes[..., :2] -= boxes[..., 2:] / 2
-        boxes[..., :2] += np.array([self.left_px, self.top_px], np.float32)
+        boxes[..., :2] += np.array(self._corner_px, np.float32)
         return boxes
+
+    @property
+    def _corner_px(self) -> tuple[float, float]:
+        return self.left_px + self.shift_x_px, self.top_px + self.shift_y_px
 
 
 class Cropper:
@@ -82,10 +105,12 @@ class Cropper:
 
     Args:
         size_px: Side of the crops.
+        geometry: ``bundle.CropSpec.geometry``.
     """
 
-    def __init__(self, size_px: int) -> None:
+    def __init__(self, size_px: int, *, geometry: str = "edgetrack") -> None:
         self.size_px = size_px
+        self._is_ostrack = geometry == _OSTRACK
         self._bgr = np.zeros((size_px, size_px, 3), np.uint8)
         self._padded = np.zeros(0, np.uint8)
 
@@ -98,6 +123,8 @@ class Cropper:
             out: Written: ``(size_px, size_px, 3)``, uint8, RGB.
         """
         is_bgr = frame.ndim == 3 and frame.shape[2] == 3
+        if self._is_ostrack:
+            frame = frame[:-1, :-1]  # its padding is a pixel too wide: x2 - W + 1
         resized = self._resized(frame, window, dst=self._bgr if is_bgr else None)
         if is_bgr:
             cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=out)
@@ -108,7 +135,8 @@ class Cropper:
         self, frame: UInt8Array, window: CropWindow, *, dst: UInt8Array | None
     ) -> UInt8Array:
         size = (self.size_px, self.size_px)
-        if window.side_px > _LARGE_SIDE_PX and not window.is_inside(frame.shape):
+        is_large = window.side_px > _LARGE_SIDE_PX and not self._is_ostrack
+        if is_large and not window.is_inside(frame.shape):
             scale = window.side_px / self.size_px
             shift = (scale - 1) / 2
             matrix = np.array(

@@ -21,9 +21,18 @@ from edgetrack.errors import EngineMismatchError
 from edgetrack.runtime.buffers import DeviceBuffers, allocate
 from edgetrack.runtime.policies import ExitPolicy
 
-__all__ = ["EngineRunner", "ParityReport", "TensorDifference", "compare", "open_runner"]
+__all__ = [
+    "EngineRunner",
+    "ExitAnswers",
+    "ParityReport",
+    "TensorDifference",
+    "ask_exits",
+    "compare",
+    "open_runner",
+]
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+Float64Array = npt.NDArray[np.float64]
 Answer = tuple[npt.NDArray[np.float64], float, float]  # box, uncertainty, score
 
 
@@ -73,6 +82,35 @@ class ParityReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ExitAnswers:
+    """What all exits said on N crops.
+
+    Attributes:
+        bbox_cxcywh: ``(N, exits, 4)``, normalised to the search region.
+        uncertainty: ``(N, exits)``.
+        score: ``(N, exits)``.
+    """
+
+    bbox_cxcywh: Float64Array
+    uncertainty: Float64Array
+    score: Float64Array
+
+    def on(self, crops: slice) -> "ExitAnswers":
+        """What they said on some of the crops."""
+        return ExitAnswers(self.bbox_cxcywh[crops], self.uncertainty[crops], self.score[crops])
+
+    def exits_taken(self, policy: ExitPolicy) -> npt.NDArray[np.intp]:
+        """The exit that each crop takes, ``(N,)``."""
+        rows = zip(self.bbox_cxcywh, self.uncertainty.tolist(), self.score.tolist(), strict=True)
+        return np.array([_exit(policy, list(zip(*row, strict=True))) for row in rows], np.intp)
+
+    def box_iou(self, other: "ExitAnswers") -> Float64Array:
+        """IoU with the boxes of other engines, ``(N, exits)``; 0 where a box is not finite."""
+        pairs = zip(self.bbox_cxcywh.reshape(-1, 4), other.bbox_cxcywh.reshape(-1, 4), strict=True)
+        return np.array([_iou(*pair) for pair in pairs]).reshape(self.score.shape)
+
+
 class EngineRunner(Protocol):
     """Engines of one bundle over tensors in host memory, wherever they run."""
 
@@ -90,6 +128,7 @@ def compare(
     crops: Iterable[Arrays],
     *,
     policy: ExitPolicy | None = None,
+    other_policy: ExitPolicy | None = None,
     tolerance: float = 1e-3,
 ) -> ParityReport:
     """Compare two sets of engines of one bundle on crops.
@@ -98,28 +137,31 @@ def compare(
         bundle: What both were built from.
         reference: What counts as right.
         other: What is compared with it.
-        crops: Per frame ``template``, ``template_bbox_cxcywh`` and ``search_region`` by name.
+        crops: Per frame what was read, by name, as ``runtime.recording`` gives it.
         policy: What decides on exits; ``None`` is the bundle's default operating point.
+        other_policy: What decides for ``other``, such as thresholds fitted to INT8; ``None`` is the
+            same policy.
         tolerance: What the relative ``rms`` of a tensor may be.
 
     Raises:
         ValueError: There are no crops.
     """
     policy = ExitPolicy(bundle.thresholds(), bundle.criterion) if policy is None else policy
+    other_policy = policy if other_policy is None else other_policy
     sums: dict[tuple[str, str], _Sums] = {}
     ious: list[float] = []
     num_equal_exits = num_crops = 0
     for crop in crops:
         exact = _chain(bundle, reference, crop)
-        for index, graph in enumerate(bundle.graphs):
-            written = other.run(index, {s.name: exact.inputs[index][s.name] for s in graph.inputs})
+        for graph in bundle.graphs_in_turn:
+            written = other.run(bundle.graphs.index(graph), exact.inputs[graph.name])
             for spec in graph.outputs:
                 key = graph.name, spec.name
-                expected = exact.outputs[index][spec.name]
+                expected = exact.outputs[graph.name][spec.name]
                 sums.setdefault(key, _Sums()).add(expected, written[spec.name])
         own = _chain(bundle, other, crop)
         ious += [_iou(a[0], b[0]) for a, b in zip(exact.answers, own.answers, strict=True)]
-        num_equal_exits += _exit(policy, exact.answers) == _exit(policy, own.answers)
+        num_equal_exits += _exit(policy, exact.answers) == _exit(other_policy, own.answers)
         num_crops += 1
     if not num_crops:
         raise ValueError("parity: expected crops to compare on, got none")
@@ -135,6 +177,27 @@ def compare(
         exit_agreement=num_equal_exits / num_crops,
         num_crops=num_crops,
     )
+
+
+def ask_exits(bundle: Bundle, runner: EngineRunner, crops: Iterable[Arrays]) -> ExitAnswers:
+    """Ask all exits on crops.
+
+    Args:
+        bundle: What the engines were built from.
+        runner: The engines.
+        crops: As for ``compare``.
+
+    Raises:
+        ValueError: There are no crops.
+    """
+    answers = [_chain(bundle, runner, crop).answers for crop in crops]
+    if not answers:
+        raise ValueError("parity: expected crops to ask on, got none")
+    boxes, uncertainty, score = (
+        np.array([[answer[part] for answer in row] for row in answers], np.float64)
+        for part in range(3)
+    )
+    return ExitAnswers(boxes, uncertainty, score)
 
 
 def open_runner(
@@ -242,26 +305,27 @@ class _DeviceRunner:
 
 @dataclass(frozen=True)
 class _Chain:
-    """One crop through all graphs: what each read and wrote, and the answers of the exits."""
+    """One crop through all graphs: what each read and wrote, by name, and the exits' answers."""
 
-    inputs: list[Arrays]
-    outputs: list[dict[str, npt.NDArray[Any]]]
+    inputs: dict[str, Arrays]
+    outputs: dict[str, dict[str, npt.NDArray[Any]]]
     answers: list[Answer]
 
 
 def _chain(bundle: Bundle, runner: EngineRunner, crop: Arrays) -> _Chain:
-    state = dict(crop)
-    inputs: list[Arrays] = []
-    outputs, answers = [], []
-    for index, graph in enumerate(bundle.graphs):
-        inputs.append({spec.name: state[spec.name] for spec in graph.inputs})
-        written = runner.run(index, inputs[-1])
-        outputs.append(written)
+    state: dict[str, npt.NDArray[Any]] = {}
+    inputs: dict[str, Arrays] = {}
+    outputs, answers = {}, []
+    for graph in bundle.graphs_in_turn:
+        recorded = bundle.recorded_inputs(graph)
+        state |= {spec.name: crop[name] for name, spec in recorded.items()}
+        inputs[graph.name] = {spec.name: state[spec.name] for spec in graph.inputs}
+        written = runner.run(bundle.graphs.index(graph), inputs[graph.name])
+        outputs[graph.name] = written
         state |= written
-        if "bbox_cxcywh" in written:
+        if "bbox_cxcywh" in written:  # of the segment, or of the head behind it
             box = written["bbox_cxcywh"][0].astype(np.float64)
-            score = float(written["score"][0])
-            answers.append((box, float(written["uncertainty"][0]), score))
+            answers.append((box, float(state["uncertainty"][0]), float(state["score"][0])))
     return _Chain(inputs, outputs, answers)
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "draw_result",
     "exit_colour",
     "plot_curves",
+    "plot_losses",
     "plot_training",
     "select_bbox",
     "show_frame",
@@ -193,6 +194,45 @@ def plot_curves(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(out_png, dpi=120)
+
+
+def plot_losses(
+    losses: Mapping[str, float],
+    out_png: str | os.PathLike[str],
+    *,
+    in_float: Collection[str] = (),
+    title: str = "",
+) -> None:
+    """Plot what quantising each layer alone costs, the worst on top.
+
+    Args:
+        losses: Layer → loss, at least 0, the worst first.
+        out_png: Where the picture goes.
+        in_float: The layers that stay in float; told by their colour.
+        title: Above the bars.
+
+    Raises:
+        BackendUnavailableError: matplotlib is not installed.
+        ValueError: There is no layer.
+    """
+    if not losses:
+        raise ValueError("losses: expected at least one layer, got none")
+    figure = _new_figure(8.0, 1.2 + 0.19 * len(losses))
+    axes = figure.subplots()
+    for label, colour, is_float in (
+        ("INT8", "#0072b2", False),
+        ("stays in float", "#d55e00", True),
+    ):
+        chosen = [(k, v) for k, (n, v) in enumerate(losses.items()) if (n in in_float) == is_float]
+        if chosen:
+            axes.barh(*zip(*chosen, strict=True), color=colour, label=label)
+    axes.set_yticks(range(len(losses)), list(losses), fontsize=7)
+    axes.set_ylim(len(losses) - 0.4, -0.6)
+    axes.set(xlabel="loss: mean of 1 - IoU and of uncertainty's error, summed", title=title)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
     figure.savefig(out_png, dpi=120)
 
 

@@ -19,11 +19,11 @@ FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off")
 # What the driver would do, and how the compiler lays out a struct's fields.
 HARNESS = """
 extern "C" {
-unsigned long long last_handle;
-int last_condition;
+int num_conditions;
+unsigned long long handles[4], conditions[4];
 void cudaGraphSetConditional(unsigned long long handle, unsigned value) {
-  last_handle = handle;
-  last_condition = value;
+  handles[num_conditions % 4] = handle;
+  conditions[num_conditions++ % 4] = value;
 }
 }
 template <typename Field>
@@ -65,6 +65,7 @@ class CompiledKernels:
             for a in arguments
         ]
         assert [v.nbytes for v in values] == self.parameter_sizes(name)
+        ctypes.c_int.in_dll(self._library, "num_conditions").value = 0
         pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
         three = ctypes.c_uint * 3
         launched = self._library.emulated_kernel_launch(
@@ -79,10 +80,12 @@ class CompiledKernels:
         return None if count < 0 else list(sizes[:count])
 
     @property
-    def condition(self) -> tuple[int, int]:
-        """Handle and value of the last conditional node that was set."""
-        handle = ctypes.c_ulonglong.in_dll(self._library, "last_handle").value
-        return handle, ctypes.c_int.in_dll(self._library, "last_condition").value
+    def conditions(self) -> dict[int, int]:
+        """Handles and values of the conditions that the last kernel set."""
+        count = ctypes.c_int.in_dll(self._library, "num_conditions").value
+        four = ctypes.c_ulonglong * 4
+        names, values = (four.in_dll(self._library, name) for name in ("handles", "conditions"))
+        return dict(zip(names[:count], values[:count], strict=True))
 
     def layout(self, struct: str) -> tuple[int, dict[str, tuple[int, int, str]]]:
         """Size of a struct, and offset, size and NumPy's kind of each field that its dtype has."""

@@ -39,6 +39,22 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def toy_with_heads(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same with a head per exit."""
+    from toy_bundle import write_toy_bundle
+
+    return write_toy_bundle(tmp_path_factory.mktemp("toy_with_heads"), heads=True)
+
+
+@pytest.fixture(scope="session")
+def toy_with_memory(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same with heads, and a memory that is carried from frame to frame."""
+    from toy_bundle import write_toy_bundle
+
+    return write_toy_bundle(tmp_path_factory.mktemp("toy_with_memory"), heads=True, memory=True)
+
+
+@pytest.fixture(scope="session")
 def shipped_bundle() -> Bundle:
     """The bundle that ships."""
     return Bundle.load()

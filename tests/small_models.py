@@ -1,4 +1,4 @@
-"""Early-exit ViTs that are small enough to test with, and random weights that exercise them."""
+"""Models that are small enough to test with, and random weights that exercise them."""
 
 from pathlib import Path
 
@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from edgetrack.bundle import Bundle
 from edgetrack.export import export_bundle
+from edgetrack.models.dytrack import DyTrack, DyTrackConfig
 from edgetrack.models.early_exit_vit import EarlyExitViT, EarlyExitViTConfig
+from edgetrack.models.one_stream import TrunkConfig
+from edgetrack.models.segmented import SegmentedModel
 
 torch.set_num_threads(1)  # layers as small as these are slower on several
 
@@ -44,6 +47,28 @@ PRIOR = EarlyExitViTConfig(
     bin_size=1 / 26,
 )
 
+DYTRACK_PATCH = DyTrackConfig(
+    template_size_px=32,
+    search_size_px=64,
+    dim=32,
+    num_heads=2,
+    mlp_ratio=2.0,
+    exit_after=(1, 2, 3),
+    head_channels=(16, 8),
+)
+DYTRACK_PRIOR = DyTrackConfig(
+    template_size_px=32,
+    search_size_px=64,
+    stem="shuffle",
+    correlation_dim=16,
+    dim=32,
+    num_heads=2,
+    mlp_ratio=2.0,
+    exit_after=(1, 3),
+    head_channels=(16,),
+    head_upsample=2,
+)
+
 
 def make_model(config: EarlyExitViTConfig, *, seed: int = 0) -> EarlyExitViT:
     """A model in eval mode that gives answers of every kind.
@@ -53,6 +78,27 @@ def make_model(config: EarlyExitViTConfig, *, seed: int = 0) -> EarlyExitViT:
     """
     torch.manual_seed(seed)
     model = EarlyExitViT(config).eval()
+    randomise_norms(model)
+    for path in model.exits:
+        nn.init.normal_(path.head.cls.weight, std=0.3)
+        nn.init.normal_(path.head.edges.weight, std=1.0)
+    return model
+
+
+def make_dytrack(config: DyTrackConfig, *, seed: int = 0) -> DyTrack:
+    """A model in eval mode whose branches are unlike and recycle, and whose boxes differ."""
+    torch.manual_seed(seed)
+    model = DyTrack(config).eval()
+    randomise_norms(model)
+    for branch in model.branches:
+        if branch.recycle is not None:
+            nn.init.normal_(branch.recycle.weight, std=0.2)
+        nn.init.normal_(branch.decisioner[-1].weight, std=0.5)
+    return model
+
+
+def randomise_norms(model: SegmentedModel) -> None:
+    """Statistics and weights of all norms as if they had been trained."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -62,13 +108,9 @@ def make_model(config: EarlyExitViTConfig, *, seed: int = 0) -> EarlyExitViT:
         elif isinstance(module, nn.LayerNorm):
             nn.init.normal_(module.weight, mean=1.0, std=0.2)
             nn.init.normal_(module.bias, std=0.1)
-    for path in model.exits:
-        nn.init.normal_(path.head.cls.weight, std=0.3)
-        nn.init.normal_(path.head.edges.weight, std=1.0)
-    return model
 
 
-def make_inputs(config: EarlyExitViTConfig, *, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+def make_inputs(config: TrunkConfig, *, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """Random crops and template boxes, by name."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -9,10 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "edgetrack"
 
 # A unit may import units of lower rank, and itself.
 RANKS = {
-    "__main__": 7,
-    "cli": 6,
-    "__init__": 5,  # the face: only the command line may import it
-    **dict.fromkeys(["train", "build", "evaluate", "bench", "doctor"], 5),
+    "__main__": 8,
+    "cli": 7,
+    "__init__": 6,  # the face: only the command line may import it
+    **dict.fromkeys(["train", "build", "evaluate", "bench", "doctor"], 6),
+    "gate": 5,  # what INT8 is worth here: runs trackers, for ``build``
     **dict.fromkeys(["tracker", "parity"], 4),
     **dict.fromkeys(["runtime", "export", "quantize", "power"], 3),
     **dict.fromkeys(["models", "data", "crops", "backends"], 2),

@@ -99,6 +99,15 @@ def test_stages_add_up_to_the_update(tracker: Tracker, nowhere: Path) -> None:
     assert report.fps == pytest.approx(1e3 / report.overall.mean)
 
 
+def test_heads_and_the_update_are_stages_too(toy_with_memory: Bundle, nowhere: Path) -> None:
+    with Tracker(toy_with_memory, num_threads=1) as tracker:
+        report = bench(tracker, FRAMES, BBOX, num_warm_up=1, root=nowhere)
+
+    segments = [f"segment_{k}" for k in range(3)]
+    assert list(report.stages_ms) == ["crop", *segments, "head_2", "decide", "update", "rest"]
+    assert report.setup["timed"] == "crop, segments, heads, decisions, mapping back, update"
+
+
 def test_one_frame_is_too_few(tracker: Tracker, nowhere: Path) -> None:
     with pytest.raises(ValueError, match=r"^bench: expected at least 2 frames, got 1"):
         bench(tracker, FRAMES[:1], BBOX, root=nowhere)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from published_ostrack import clip_box
 
 from edgetrack.boxes import (
     as_bbox_xywh,
@@ -152,3 +153,15 @@ def test_a_user_s_box_is_taken_unchanged_as_float32() -> None:
 def test_a_user_s_bad_box_is_refused(bbox, message: str) -> None:
     with pytest.raises(ValueError, match=f"^bbox: expected .*{message}"):
         as_bbox_xywh(bbox, width_px=40, height_px=30)
+
+
+def test_a_smallest_side_of_the_margin_is_ostracks_clip_box() -> None:
+    rng = np.random.default_rng(2)
+    corners, sizes = rng.uniform(-60, 90, (300, 2)), rng.uniform(0, 50, (300, 2))
+    boxes = np.concatenate([corners, sizes], 1)
+
+    clipped = clip_xywh(boxes, width_px=60, height_px=50, margin_px=10, min_side_px=10)
+
+    expected = [clip_box(box, height=50, width=60) for box in boxes.tolist()]
+    assert_allclose(clipped, expected, atol=1e-9)
+    assert (clipped[:, 2:] >= 10).all()

@@ -379,7 +379,7 @@ def test_int8_without_a_cache_says_how_to_make_one(
         build(
             toy, backend="onnxruntime", precision="int8", calibration=cache, output=tmp_path / "e"
         )
-    assert [p.name for p in (tmp_path / "e").iterdir() if p.is_dir()] == []
+    assert not (tmp_path / "e").exists()
 
 
 def test_the_committed_cache_and_the_shipped_one_are_the_same(shipped_bundle: Bundle) -> None:

@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from published_ostrack import map_box_back, sample_target
 
 from edgetrack.crops import Cropper, CropWindow, to_rgb
 
@@ -186,3 +187,63 @@ def test_a_huge_window_is_cut_as_a_padded_copy_would_be_without_making_one(
     inside[26:68, 36:92] = True
     assert np.abs(crop.astype(int) - expected)[inside].max() <= 2
     assert cropper._padded.size == 0
+
+
+BOXES = {
+    "inside": [60.0, 50.0, 20.0, 16.0],
+    "ends at the frame's end": [110.0, 70.0, 20.0, 20.0],
+    "over the right border": [140.25, 40.5, 18.0, 14.0],
+    "over the bottom border": [50.75, 105.5, 22.0, 13.0],
+    "over the corner": [150.0, 112.0, 12.5, 9.5],
+    "over the left and top border": [-3.5, -2.25, 30.0, 20.0],
+    "over all borders": [20.0, 15.0, 120.0, 90.0],
+}
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+def test_ostracks_geometry_cuts_what_its_code_cuts(box: list[float]) -> None:
+    frame = random_frame(120, 160, 3)
+    cropper, out = Cropper(SIZE_PX, geometry="ostrack"), np.empty((SIZE_PX, SIZE_PX, 3), np.uint8)
+    window = CropWindow.around(np.array(box), factor=4.0, geometry="ostrack")
+
+    cropper.crop(frame, window, out=out)
+
+    expected, resize_factor = sample_target(frame[..., ::-1], box, factor=4.0, size_px=SIZE_PX)
+    assert_array_equal(out, expected)
+    assert window.side_px == pytest.approx(SIZE_PX / resize_factor)
+
+
+def test_ostracks_geometry_blanks_the_frames_last_column_and_row() -> None:
+    frame = np.full((120, 160, 3), 200, np.uint8)
+    cropper, out = Cropper(SIZE_PX, geometry="ostrack"), np.empty((SIZE_PX, SIZE_PX, 3), np.uint8)
+
+    cropper.crop(frame, CropWindow(160 - SIZE_PX, 120 - SIZE_PX, SIZE_PX), out=out)
+
+    assert (out[:-1, :-1] == 200).all()
+    assert not out[-1].any()
+    assert not out[:, -1].any()
+
+
+def test_ostracks_geometry_pads_a_huge_window_as_well() -> None:
+    frame = random_frame(900, 1200, 3)
+    cropper, out = Cropper(SIZE_PX, geometry="ostrack"), np.empty((SIZE_PX, SIZE_PX, 3), np.uint8)
+    box = [300.0, 200.0, 800.0, 600.0]
+
+    cropper.crop(frame, CropWindow.around(np.array(box), factor=4.0, geometry="ostrack"), out=out)
+
+    expected, _ = sample_target(frame[..., ::-1], box, factor=4.0, size_px=SIZE_PX)
+    assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+def test_ostracks_geometry_maps_back_from_the_corner_before_it_was_rounded(
+    box: list[float],
+) -> None:
+    window = CropWindow.around(np.array(box), factor=4.0, geometry="ostrack")
+    answer = [0.4, 0.6, 0.3, 0.2]
+
+    found = window.to_frame(np.array(answer))
+
+    expected = map_box_back(answer, box, size_px=SIZE_PX, resize_factor=SIZE_PX / window.side_px)
+    assert_allclose(found, expected, atol=1e-4)
+    assert_allclose(window.to_frame(window.to_crop(np.array(box))), box, atol=1e-4)

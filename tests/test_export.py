@@ -3,9 +3,12 @@ import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from small_models import PATCH, make_model
@@ -68,6 +71,42 @@ class Plain(SegmentedModel):
         return {"bbox_cxcywh": bbox, "score": score, "uncertainty": 1 - score}
 
 
+class Remembering(Plain):
+    """Two exits, a head for each, and a running mean of the target's brightness."""
+
+    num_exits = 2
+    has_heads = True
+    update_inputs = ("template", "template_bbox_cxcywh", "brightness", "score", "side")
+    carried = MappingProxyType({"brightness": "next_brightness"})
+
+    def embed_template(self, template: Tensor, template_bbox_cxcywh: Tensor) -> State:
+        return {"brightness": template.float().mean((1, 2)) * self.scale}
+
+    def segment_inputs(self, index: int) -> tuple[str, ...]:
+        return ("search_region", "brightness") if index == 0 else ("light",)
+
+    def run_segment(self, index: int, state: Mapping[str, Tensor]) -> State:
+        if index == 0:
+            light = state["search_region"].float().mean((1, 2)) * self.scale
+            score = (light - state["brightness"]).abs().mean(1)
+            return {"light": light, "score": score, "uncertainty": 1 - score}
+        score = state["light"].mean(1) * self.scale
+        return {"score": score, "uncertainty": 1 - score}
+
+    def head_inputs(self, index: int) -> tuple[str, ...]:
+        return ("light",)
+
+    def run_head(self, index: int, state: Mapping[str, Tensor]) -> State:
+        side = state["light"].mean(1, keepdim=True) * (index + 1)
+        return {"bbox_cxcywh": side.expand(-1, 4) + 0.0, "side": side}
+
+    def run_update(self, state: Mapping[str, Tensor]) -> State:
+        found = state["template"].float().mean((1, 2)) * self.scale
+        found = found * state["template_bbox_cxcywh"][:, 2:3] + state["side"]
+        is_sure = (state["score"] > 0.1)[:, None]
+        return {"next_brightness": torch.where(is_sure, found, state["brightness"])}
+
+
 def export_plain(folder: Path, *, fault: str | None = None) -> Bundle:
     return export_bundle(
         Plain(fault),
@@ -111,6 +150,42 @@ def test_a_bundle_says_what_it_was_given(plain_bundle: Bundle) -> None:
 
 def test_what_a_graph_does_not_read_is_no_input(plain_bundle: Bundle) -> None:
     assert [spec.name for spec in plain_bundle.template.inputs] == ["template"]
+
+
+def test_heads_and_the_update_are_graphs_of_their_own(tmp_path: Path) -> None:
+    model = Remembering().eval()
+    bundle = export_bundle(
+        model,
+        tmp_path / "bundle",
+        name="remembering",
+        operating_points={"balanced": (0.5,)},
+        operating_point="balanced",
+        provenance={},
+        licence="ours",
+    )
+
+    state: dict[str, np.ndarray] = {}
+    generator = np.random.default_rng(0)
+    for name in ("template", "search_region"):
+        state[name] = generator.integers(0, 256, (1, 8, 8, 3), np.uint8)
+    state["template_bbox_cxcywh"] = np.array([[0.5, 0.5, 0.4, 0.4]], np.float32)
+    answers = model(**{name: torch.from_numpy(value) for name, value in state.items()})
+    exits = iter(answers)
+    for graph in bundle.graphs_in_turn:
+        session = onnxruntime.InferenceSession(bundle.graph_path(graph))
+        names = [output.name for output in session.get_outputs()]
+        written = session.run(names, {i.name: state[i.name] for i in session.get_inputs()})
+        state |= dict(zip(names, written, strict=True))
+        if graph.name.startswith("head"):
+            for name, expected in next(exits).items():
+                np.testing.assert_allclose(state[name], expected.detach().numpy(), atol=1e-6)
+    torch_state = {name: torch.from_numpy(value) for name, value in state.items()}
+    expected = model.run_update(torch_state)["next_brightness"].detach().numpy()
+    np.testing.assert_allclose(state["next_brightness"], expected, atol=1e-6)
+    assert [g.name for g in bundle.heads] == ["head_0", "head_1"]
+    assert bundle.update is not None
+    assert [s.name for s in bundle.update.inputs] == list(Remembering.update_inputs)
+    assert bundle.carried == Remembering.carried
 
 
 @BUNDLES

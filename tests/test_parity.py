@@ -20,12 +20,14 @@ from edgetrack.backends.engine import Backend, Engine
 from edgetrack.backends.ort import OnnxRuntimeBackend
 from edgetrack.build import build
 from edgetrack.bundle import ANSWER_NAMES, Bundle
+from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import EngineMismatchError
 from edgetrack.models.registry import load_model
-from edgetrack.parity import EngineRunner, compare, open_runner
+from edgetrack.parity import EngineRunner, ask_exits, compare, open_runner
 from edgetrack.runtime.buffers import allocate
 from edgetrack.runtime.chain import Chain
 from edgetrack.runtime.policies import ExitPolicy
+from edgetrack.runtime.recording import record_crops
 
 BUNDLES = pytest.mark.parametrize(
     "bundle",
@@ -165,6 +167,58 @@ def test_the_graph_that_departs_is_named_and_not_those_behind_it(
     assert report.first_departing.graph == graph
     assert {t.graph for t in report.tensors if t.rms > 0} == {graph}
     assert report.bbox_iou_min < 1
+
+
+@pytest.mark.parametrize("graph", [None, "head_1", "update"])
+def test_heads_and_the_update_are_compared_too(
+    toy_with_memory: Bundle, tmp_path: Path, graph: str | None
+) -> None:
+    bundle = toy_with_memory
+    clip = list(render_clip(num_frames=5, width=160, height=120))
+    recorded = record_crops(bundle, [f for f, _ in clip], clip[0][1].tolist(), name="clip")
+    crops = [inputs for _, inputs in recorded]
+    changed = bundle
+    if graph is not None:
+        changed = scaled(bundle, tmp_path / "changed", graph=graph, factor=1.5)
+    engines = [open_runner(b, OnnxRuntimeBackend(), engines=None) for b in (bundle, changed)]
+
+    report = compare(bundle, *engines, crops)
+    for runner in engines:
+        runner.close()
+
+    assert {t.graph for t in report.tensors} == {g.name for g in bundle.graphs}
+    assert {t.graph for t in report.tensors if t.rms > 0} == ({graph} if graph else set())
+    assert report.bbox_iou_min == 1 if graph != "head_1" else report.bbox_iou_min < 1
+    assert report.num_crops == 4
+
+
+def test_the_other_engines_may_exit_by_thresholds_of_their_own(
+    shipped_bundle: Bundle, exact: EngineRunner
+) -> None:
+    crops = record_inputs(shipped_bundle.crops)
+    first, last = (ExitPolicy.fixed(k, num_exits=shipped_bundle.num_exits) for k in (0, 2))
+
+    report = compare(shipped_bundle, exact, exact, crops, policy=first, other_policy=last)
+
+    assert report.exit_agreement == 0
+    assert compare(shipped_bundle, exact, exact, crops, policy=first).exit_agreement == 1
+
+
+def test_all_exits_are_asked_on_every_crop(shipped_bundle: Bundle, exact: EngineRunner) -> None:
+    crops = record_inputs(shipped_bundle.crops)
+    chain = chain_on(OnnxRuntimeBackend(), shipped_bundle)
+
+    answers = ask_exits(shipped_bundle, exact, crops)
+
+    for index, crop in enumerate(crops):
+        for k, expected in enumerate(chain_answers(chain, shipped_bundle, crop)):
+            np.testing.assert_allclose(answers.bbox_cxcywh[index, k], expected["bbox_cxcywh"][0])
+            assert answers.uncertainty[index, k] == expected["uncertainty"][0]
+            assert answers.score[index, k] == expected["score"][0]
+    fixed = ExitPolicy.fixed(1, num_exits=shipped_bundle.num_exits)
+    assert answers.exits_taken(fixed).tolist() == [1] * len(crops)
+    assert answers.on(slice(2, 4)).score.tolist() == answers.score[2:4].tolist()
+    assert answers.box_iou(answers) == pytest.approx(np.ones((len(crops), 3)))
 
 
 class Broken:

@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from edgetrack.errors import BackendUnavailableError, DataError
-from edgetrack.viz import draw_result, exit_colour, plot_curves, plot_training
+from edgetrack.viz import draw_result, exit_colour, plot_curves, plot_losses, plot_training
 
 SIZES = [(320, 240), (1920, 1080), (64, 48)]
 
@@ -163,6 +163,25 @@ def test_curves_become_a_picture(tmp_path: Path) -> None:
 def test_no_curves_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="curves: expected at least one"):
         plot_curves({}, tmp_path / "out.png", x_label="x", y_label="y")
+
+
+def test_losses_become_bars_that_tell_float_layers(tmp_path: Path) -> None:
+    losses = {"segment_0/a": 0.4, "segment_1/b": 0.1, "segment_1/c": 0.0}
+
+    for name, kept in (("one", ["segment_0/a"]), ("none", [])):
+        plot_losses(losses, tmp_path / f"{name}.png", in_float=kept, title="model")
+
+    one, none = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("one", "none"))
+    int8, in_float = (178, 114, 0), (0, 94, 213)
+    assert has_colour(one, int8)
+    assert has_colour(one, in_float)
+    assert has_colour(none, int8)
+    assert not has_colour(none, in_float)
+
+
+def test_no_losses_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="losses: expected at least one layer"):
+        plot_losses({}, tmp_path / "out.png")
 
 
 def test_without_matplotlib_it_says_what_to_install(

@@ -36,6 +36,7 @@ __all__ = ["EagerBackend", "TorchCudaBackend", "torch_errors", "without_tf32"]
 
 # Torch chooses algorithms and allocates workspaces in its first runs, which cannot be captured.
 _NUM_WARM_UP_RUNS = 3
+_TYPESTRS = {"uint8": "|u1", "float16": "<f2", "float32": "<f4", "int32": "<i4", "int64": "<i8"}
 _FP32_NAMES = frozenset({*ANSWER_NAMES, "template_bbox_cxcywh"})
 
 
@@ -306,7 +307,7 @@ class _Memory:
     """Device memory that torch wraps without a copy."""
 
     def __init__(self, address: int, shape: tuple[int, ...], dtype: str) -> None:
-        typestr = {"uint8": "|u1", "float16": "<f2", "float32": "<f4", "int32": "<i4"}.get(dtype)
+        typestr = _TYPESTRS.get(dtype)
         if typestr is None:
             raise EngineError(f"tensor: expected a type that torch shares, got {dtype}")
         self.__cuda_array_interface__: Mapping[str, Any] = {
@@ -385,10 +386,15 @@ def _is_token(name: str, dtype: str) -> bool:
 
 def _run(model: SegmentedModel, graph: GraphSpec, tensors: dict[str, Tensor]) -> None:
     """Run the function of one graph over its tensors."""
-    if graph.name == "template":
+    kind, _, index = graph.name.partition("_")
+    if kind == "template":
         written = model.embed_template(tensors["template"], _template_box(tensors))
+    elif kind == "segment":
+        written = model.run_segment(int(index), tensors)
+    elif kind == "head":
+        written = model.run_head(int(index), tensors)
     else:
-        written = model.run_segment(int(graph.name.split("_")[1]), tensors)
+        written = model.run_update(tensors)
     for name, value in written.items():
         tensors[name].copy_(value)
 

@@ -3,7 +3,8 @@
 An *engine* is what one backend runs for one graph of a bundle: a TensorRT plan, or for ONNX
 Runtime the graph optimised for this CPU. Engines of one bundle lie in one folder,
 ``<model>-<precision>-<backend><version>-<arch>-<hash>/``, with ``engines.json`` that says what
-they were built from, by what, for what. That is checked before anything is deserialised.
+they were built from, by what, for what. That is checked before anything is deserialised. Engines of
+an INT8 build may be in two precisions: a graph stays in float where INT8 does not pay.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ _GRAPH_KINDS: Mapping[str, type | tuple[type, ...]] = {
     "sha256": str,
     "size_bytes": int,
     "build_s": (int, float),
+    "precision": str,
 }
 
 Buffers: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
@@ -152,6 +154,9 @@ class EngineKey:
         device: Device name, such as ``Orin`` or a CPU's model name.
         arch: ``sm_87``, ``x86_64`` …
         options: Build options that change the engine.
+        quantization: For INT8, what else was decided by: the calibration cache, operating points,
+            whether INT8 was kept regardless. Does not enter the folder's name, which holds the last
+            build; ``None`` in a key that is looked for means that any will do.
     """
 
     model: str
@@ -162,11 +167,14 @@ class EngineKey:
     device: str
     arch: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def folder_name(self) -> str:
         """``<model>-<precision>-<backend><version>-<arch>-<hash>``."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        named = dataclasses.asdict(self)
+        del named["quantization"]
+        text = json.dumps(named, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         readable = f"{self.model}-{self.precision}-{self.backend}{self.backend_version}-{self.arch}"
         return re.sub(r"[^\w.+-]", "_", f"{readable}-{digest}")
@@ -174,12 +182,13 @@ class EngineKey:
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltGraph:
-    """One engine file: its name, SHA-256, size and build time."""
+    """One engine file: its name, SHA-256, size, build time, and the precision that it runs in."""
 
     file: str
     sha256: str
     size_bytes: int
     build_s: float
+    precision: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +200,17 @@ class EngineSet:
         key: What they were built from, by and for.
         graphs: Graph name → engine file.
         built_at: UTC time, ISO 8601.
+        operating_points: For INT8, the bundle's operating points with thresholds that fit the
+            entropies of these engines; empty where the bundle's own hold.
+        gate: For INT8, how it was compared with float, and what was chosen (see ``gate.Verdict``).
     """
 
     path: Path
     key: EngineKey
     graphs: Mapping[str, BuiltGraph]
     built_at: str
+    operating_points: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    gate: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "EngineSet":
@@ -219,6 +233,11 @@ class EngineSet:
                 key=EngineKey(**content["key"]),
                 graphs={k: _built_graph(k, v) for k, v in content["graphs"].items()},
                 built_at=content["built_at"],
+                operating_points={
+                    name: tuple(float(t) for t in thresholds)
+                    for name, thresholds in content["operating_points"].items()
+                },
+                gate=dict(content["gate"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EngineMismatchError(
@@ -232,6 +251,8 @@ class EngineSet:
             "key": dataclasses.asdict(self.key),
             "graphs": {k: dataclasses.asdict(v) for k, v in self.graphs.items()},
             "built_at": self.built_at,
+            "operating_points": self.operating_points,
+            "gate": self.gate,
         }
         (self.path / SIDECAR_NAME).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
@@ -243,7 +264,8 @@ class EngineSet:
         """
         for field in dataclasses.fields(EngineKey):
             want, got = getattr(expected, field.name), getattr(self.key, field.name)
-            if want != got:
+            is_any = field.name == "quantization" and want is None
+            if want != got and not is_any:
                 raise EngineMismatchError(
                     f"{self.path.name}: expected {field.name} {want!r}, got {got!r}; engines run "
                     "only where they were built, run: edgetrack build"

@@ -23,7 +23,13 @@ from edgetrack.errors import EngineBuildError, EngineError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["PRECISION_PROPERTY", "OnnxRuntimeBackend", "OnnxRuntimeEngine", "cpu_name"]
+__all__ = [
+    "PRECISION_PROPERTY",
+    "OnnxRuntimeBackend",
+    "OnnxRuntimeEngine",
+    "cpu_name",
+    "refusals",
+]
 
 # What a quantised graph says of itself in its metadata; a float graph says nothing.
 PRECISION_PROPERTY = "edgetrack.precision"
@@ -95,11 +101,11 @@ class OnnxRuntimeBackend:
         _check_precision(precision)
         report = on_step or (lambda phase, fraction: None)
         report("optimising the graph", 0.0)
-        refusals = _refusals()
+        refused = refusals()
         save_to = engine_path if precision == "fp32" else None
         try:
             session = self._session(onnx_path, save_to=save_to)
-        except refusals as error:
+        except refused as error:
             if shutil.disk_usage(engine_path.parent).free < onnx_path.stat().st_size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(engine_path)) from error
             raise EngineBuildError(_refused(onnx_path, error)) from error
@@ -120,10 +126,10 @@ class OnnxRuntimeBackend:
         Raises:
             EngineError: The file is not such an engine, or not of this graph.
         """
-        refusals = _refusals()
+        refused = refusals()
         try:
             session = self._session(engine_path)
-        except refusals as error:
+        except refused as error:
             raise EngineError(
                 f"{engine_path}: expected an engine of ONNX Runtime, got: {error}; "
                 "run: edgetrack build --force"
@@ -137,10 +143,10 @@ class OnnxRuntimeBackend:
             EngineBuildError: ONNX Runtime refused the graph.
             EngineError: The file holds another graph.
         """
-        refusals = _refusals()
+        refused = refusals()
         try:
             session = self._session(onnx_path)
-        except refusals as error:
+        except refused as error:
             raise EngineBuildError(_refused(onnx_path, error)) from error
         return OnnxRuntimeEngine(session, graph)
 
@@ -247,7 +253,7 @@ def _int8_overflows() -> bool:
 
 
 @functools.cache
-def _refusals() -> tuple[type[Exception], ...]:
+def refusals() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises at a graph it cannot load: they share no base of their own."""
     import_package("onnxruntime")
     from onnxruntime.capi import onnxruntime_pybind11_state as state

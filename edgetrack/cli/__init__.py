@@ -4,10 +4,21 @@ Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 130 interrupted
 """
 
 import sys
+from collections.abc import Callable
 
 import typer
 
-from edgetrack.cli import author, build, calibrate, inspect, measure, pseudolabel, run
+from edgetrack.cli import (
+    author,
+    build,
+    calibrate,
+    import_,
+    inspect,
+    measure,
+    prune,
+    pseudolabel,
+    run,
+)
 from edgetrack.errors import EdgeTrackError
 
 __all__ = ["app", "main"]
@@ -20,6 +31,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+_NAMES: dict[Callable[..., None], str] = {
+    import_.import_checkpoint: "import",
+    measure.evaluate: "eval",
+}
 for command in (
     build.build,
     calibrate.calibrate,
@@ -30,10 +45,12 @@ for command in (
     pseudolabel.pseudolabel,
     author.train,
     author.export,
+    import_.import_checkpoint,
+    prune.prune,
     inspect.inspect,
     inspect.doctor,
 ):
-    app.command()(command) if command is not measure.evaluate else app.command("eval")(command)
+    app.command(_NAMES.get(command))(command)
 
 
 def main() -> None:

@@ -15,10 +15,11 @@ from edgetrack.errors import BackendUnavailableError, DataError
 
 if TYPE_CHECKING:
     from edgetrack.data.sequences import Sequence
+    from edgetrack.models.segmented import SegmentedModel
     from edgetrack.train.loop import Progress
-    from edgetrack.train.recipes import Stage
+    from edgetrack.train.recipes import Recipe, Stage
 
-__all__ = ["export", "train"]
+__all__ = ["author_side", "export", "train"]
 
 _RESEARCH_LICENCE = "research data: research use"
 # What helps on the development set (see benchmarks/results/rules-*.json).
@@ -52,6 +53,13 @@ def train(
     samples: Annotated[
         str | None, typer.Option(help="Pairs of each stage instead of the recipe's: N,M")
     ] = None,
+    search_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Side of the search region, px, instead of the recipe's: N,M; a run for each, in "
+            "its own folder; the template keeps its share"
+        ),
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that share each batch (one GPU or core each)")
     ] = 1,
@@ -63,7 +71,7 @@ def train(
 
     Example: edgetrack train early_exit_vit-tiny --data data/train --processes 2
     """
-    with _author_side():
+    with author_side():
         from edgetrack.bundle import Bundle
         from edgetrack.data.layouts import FOLDER, parse_source
         from edgetrack.train.recipes import get_recipe
@@ -88,9 +96,13 @@ def train(
         raise typer.BadParameter(f"expected a file, got {stem}", param_hint="--stem")
     start_bundle = None if start is None else Bundle.load(start)
     teacher_bundle = None if teacher is None else Bundle.load(teacher)
+    runs = {output or Path("runs") / recipe: chosen}
+    if search_size is not None:
+        whole = next(iter(runs))
+        sized = _at_sizes(chosen, search_size)
+        runs = {whole.with_name(f"{whole.name}-{size}"): one for size, one in sized.items()}
     if processes > 1 and "RANK" not in os.environ:
         _relaunch(processes)
-    folder = output or Path("runs") / recipe
     is_first = os.environ.get("RANK", "0") == "0"
     with progress_bar(is_shown=is_first) as bar:
         task = bar.add_task("reading data", total=None)
@@ -108,23 +120,24 @@ def train(
                 total=progress.num_steps,
             )
 
-        try:
-            run_recipe(
-                chosen,
-                sources,
-                folder,
-                stem=stem,
-                start=start_bundle,
-                teacher=teacher_bundle,
-                pseudo_tracks=pseudo_tracks,
-                is_compiled=is_compiled,
-                on_reading=show_reading,
-                on_progress=show,
-            )
-        except KeyboardInterrupt:
-            typer.echo(f"interrupted: kept in {folder}; the same command goes on", err=True)
-            raise typer.Exit(130) from None
-    if is_first:
+        for folder, one in runs.items():
+            try:
+                run_recipe(
+                    one,
+                    sources,
+                    folder,
+                    stem=stem,
+                    start=start_bundle,
+                    teacher=teacher_bundle,
+                    pseudo_tracks=pseudo_tracks,
+                    is_compiled=is_compiled,
+                    on_reading=show_reading,
+                    on_progress=show,
+                )
+            except KeyboardInterrupt:
+                typer.echo(f"interrupted: kept in {folder}; the same command goes on", err=True)
+                raise typer.Exit(130) from None
+    for folder in runs if is_first else ():
         typer.echo(
             f"trained: {folder}; next: edgetrack export {folder} --output my_bundle "
             "--calibrate DATA"
@@ -156,6 +169,13 @@ def export(
         Path | None,
         typer.Option(help="Sequences to score every exit and operating point on, for the manifest"),
     ] = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(help="Layers with an exit behind them, of a fartrack: 6 or 6,10,15"),
+    ] = None,
+    retention: Annotated[
+        float | None, typer.Option(help="Share of a template's tokens that stays, of a fartrack")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name [default: the model's]")] = None,
     licence: Annotated[
         str, typer.Option(help="What the weights may be used for")
@@ -168,14 +188,14 @@ def export(
     from edgetrack.data.sequences import read_sequences
     from edgetrack.evaluate.exits import calibrate_exits, score_exits
 
-    with _author_side():
+    with author_side():
         from edgetrack.export import export_bundle
         from edgetrack.train.loop import load_trained
         from edgetrack.train.run import read_provenance
 
     check_criterion(criterion)
     target_rules = parse_rules(rules)
-    model = load_trained(run)
+    model = _cut(load_trained(run), exits=exits, retention=retention)
     provenance = read_provenance(run)
     points = dict(_parse_point(p) for p in point or ())
     for label, thresholds in points.items():
@@ -187,7 +207,11 @@ def export(
             )
     if points and calibrate is not None:
         raise typer.BadParameter("expected it alone, got --point too", param_hint="--calibrate")
-    default = next(iter(points), "balanced")
+    if calibrate is not None and model.num_exits == 1:
+        raise typer.BadParameter(
+            "expected a model with exits to choose between, got one exit", param_hint="--calibrate"
+        )
+    default = next(iter(points or model.operating_points))
     sequences = _calibration_sequences(calibrate, provenance) if calibrate is not None else []
     with progress_bar() as bar:
         task = bar.add_task("exporting", total=None)
@@ -195,7 +219,8 @@ def export(
             model,
             output,
             name=name or provenance["recipe"]["model"],
-            operating_points=points or {"balanced": (0.3,) * (model.num_exits - 1)},
+            operating_points=points
+            or {k: (t,) * (model.num_exits - 1) for k, t in model.operating_points.items()},
             operating_point=default,
             provenance=provenance,
             licence=licence,
@@ -214,6 +239,28 @@ def export(
     for label, thresholds in bundle.operating_points.items():
         typer.echo(f"{label}: stop below {', '.join(f'{t:.3f}' for t in thresholds)}")
     typer.echo(f"bundle: {bundle.path}; next: edgetrack build {bundle.path}")
+
+
+def _cut(
+    model: "SegmentedModel", *, exits: str | None, retention: float | None
+) -> "SegmentedModel":
+    """The part of a model that is to be exported."""
+    from edgetrack.models.fartrack import FARTrack
+
+    hint = "--retention" if exits is None else "--exits"
+    if exits is None and retention is None:
+        return model
+    if not isinstance(model, FARTrack):
+        raise typer.BadParameter(
+            f"expected a trained fartrack, got {model.family}", param_hint=hint
+        )
+    changes: dict[str, Any] = {} if retention is None else {"retention": retention}
+    try:
+        if exits is not None:
+            changes["exit_after"] = tuple(int(v) for v in exits.split(","))
+        return model.cut(**changes)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
 def _calibration_sequences(source: str, provenance: Mapping[str, Any]) -> "list[Sequence]":
@@ -256,8 +303,32 @@ def _with_samples(stages: "tuple[Stage, ...]", text: str) -> "tuple[Stage, ...]"
         ) from None
 
 
+def _at_sizes(recipe: "Recipe", text: str) -> "dict[int, Recipe]":
+    """Side of the search region → the recipe at it."""
+    crops = recipe.create_model().crops
+    found = {}
+    for part in text.split(","):
+        try:
+            size = int(part)
+            sides = {
+                "search_size_px": size,
+                "template_size_px": size * crops.template_size_px // crops.search_size_px,
+            }
+            changed = {**recipe.model_config, **sides}
+            found[size] = dataclasses.replace(
+                recipe, name=f"{recipe.name}-{size}", model_config=changed
+            )
+            found[size].create_model()
+        except (ValueError, ZeroDivisionError) as error:
+            raise typer.BadParameter(
+                f"expected sides that the model can have, such as 128,96, got {part!r}: {error}",
+                param_hint="--search-size",
+            ) from None
+    return found
+
+
 @contextlib.contextmanager
-def _author_side() -> Iterator[None]:
+def author_side() -> Iterator[None]:
     """Import what only the author side has; a base install lacks it."""
     try:
         yield

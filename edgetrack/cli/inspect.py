@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgetrack.cli.options import JsonOption, parse_bbox, print_json, print_table
+from edgetrack.cli.tables import print_gate
 from edgetrack.errors import BundleError
 
 if TYPE_CHECKING:
     from edgetrack.bundle import Bundle
     from edgetrack.parity import EngineRunner, ParityReport
+    from edgetrack.runtime.policies import ExitPolicy
 
 __all__ = ["doctor", "inspect"]
 
@@ -106,8 +108,16 @@ def _compare(
 
     bundle = Bundle.load(path)
     with contextlib.ExitStack() as opened:
-        first, second = (_runner(bundle, name, opened) for name in names)
-        report = compare(bundle, first, second, crops.record(bundle), tolerance=tolerance)
+        (first, policy), (second, other_policy) = (_runner(bundle, name, opened) for name in names)
+        report = compare(
+            bundle,
+            first,
+            second,
+            crops.record(bundle),
+            policy=policy,
+            other_policy=other_policy,
+            tolerance=tolerance,
+        )
     if plot is not None:
         _plot_differences(report, plot, title=f"{names[1]} beside {names[0]}")
     if as_json:
@@ -131,11 +141,14 @@ def _compare(
     )
 
 
-def _runner(bundle: "Bundle", name: str, opened: contextlib.ExitStack) -> "EngineRunner":
-    """Engines in a folder, or those that a backend of this name makes in memory."""
+def _runner(
+    bundle: "Bundle", name: str, opened: contextlib.ExitStack
+) -> "tuple[EngineRunner, ExitPolicy]":
+    """Engines in a folder, or made in memory by a backend of this name; and how they exit."""
     from edgetrack.backends import BACKEND_NAMES, get_backend
     from edgetrack.backends.engine import EngineSet
     from edgetrack.parity import open_runner
+    from edgetrack.runtime.policies import ExitPolicy
 
     engines = None if name in BACKEND_NAMES else EngineSet.read(Path(name))
     backend = get_backend(name if engines is None else engines.key.backend)
@@ -146,7 +159,9 @@ def _runner(bundle: "Bundle", name: str, opened: contextlib.ExitStack) -> "Engin
         )
     runner = open_runner(bundle, backend, engines=engines)
     opened.callback(runner.close)
-    return runner
+    fitted = {} if engines is None else engines.operating_points
+    thresholds = fitted.get(bundle.operating_point, bundle.thresholds())
+    return runner, ExitPolicy(thresholds, bundle.criterion)
 
 
 def _plot_differences(report: "ParityReport", path: Path, *, title: str) -> None:
@@ -205,6 +220,7 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
                 "graphs": graphs,
                 "operating_points": dict(bundle.operating_points),
                 "operating_point": bundle.operating_point,
+                "carried": dict(bundle.carried),
                 "criterion": bundle.criterion,
                 "rules": dict(bundle.rules),
                 "config": dict(bundle.config),
@@ -214,10 +230,11 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
             }
         )
         return
-    total, done, rows = sum(g.macs for g in bundle.segments) or 1, 0, []
+    full, rows = bundle.exit_macs[-1] or 1, []
+    shares = {"template": "once", "update": "every frame"}
+    shares |= {f"segment_{k}": f"{macs / full:.0%}" for k, macs in enumerate(bundle.exit_macs)}
     for g in bundle.graphs:
-        done += g.macs if g is not bundle.template else 0
-        share = "once" if g is bundle.template else f"{done / total:.0%}"
+        share = shares.get(g.name, "where taken")
         tensors = " ".join(t.name for t in g.inputs), " ".join(t.name for t in g.outputs)
         rows.append((g.name, f"{g.macs / 1e6:.0f} M", share, f"{sizes[g.file] / 1e6:.2f} MB",
                      *tensors))  # fmt: skip
@@ -232,6 +249,9 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
         )
     rules = ", ".join(f"{name} {value:g}" for name, value in bundle.rules.items())
     typer.echo(f"rules: {rules or 'none'}")
+    if bundle.carried:
+        carried = ", ".join(f"{source} as {name}" for name, source in bundle.carried.items())
+        typer.echo(f"carried to the next frame: {carried}")
     typer.echo(f"licence: {bundle.licence}")
     _print_provenance(bundle.provenance)
 
@@ -248,22 +268,28 @@ def _inspect_engines(path: Path, *, as_json: bool) -> None:
             name: {**vars(graph), "kernels": [vars(row) for row in tables[name]]}
             for name, graph in engines.graphs.items()
         }
-        key = vars(engines.key)
-        print_json({"path": str(path), "key": key, "built_at": engines.built_at, "graphs": graphs})
+        content = {**vars(engines), "key": vars(engines.key), "graphs": graphs}
+        print_json({**content, "path": str(path)})
         return
     rows = [
         (
             name,
+            graph.precision,
             f"{graph.size_bytes / 1e6:.2f} MB",
             f"{graph.build_s:.2f} s",
             len(tables[name]) or "",
             sum(row.is_attention for row in tables[name]) or "",
-            graph.sha256[:12],
+            graph.sha256[:8],
         )
         for name, graph in engines.graphs.items()
     ]
-    columns = ("engine", "size", "build", "kernels", "fused attentions", "SHA-256")
+    columns = ("engine", "runs", "size", "build", "kernels", "fused attentions", "SHA-256")
     print_table(str(path), columns, rows)
+    if engines.gate:
+        print_gate(engines.gate, "what INT8 is worth here")
+    for name, thresholds in engines.operating_points.items():
+        below = ", ".join(f"{t:.4g}" for t in thresholds)
+        typer.echo(f"operating point {name}, fitted to these engines: {below}")
     for name, value in vars(engines.key).items():
         typer.echo(f"{name}: {value}")
     typer.echo(f"built_at: {engines.built_at}")

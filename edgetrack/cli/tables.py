@@ -1,7 +1,7 @@
-"""What ``edgetrack bench`` prints."""
+"""What ``edgetrack bench`` prints, and what ``edgetrack build`` does about INT8."""
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from edgetrack.bench import BenchReport, Energy, EnergyPerFrame, Gpu, Percentiles
     from edgetrack.power import Clock, MachineState
 
-__all__ = ["print_bench"]
+__all__ = ["print_bench", "print_gate"]
 
 _UNKNOWN = "unknown"
 
@@ -47,6 +47,63 @@ def print_bench(report: "BenchReport", source: str, machine: Mapping[str, str]) 
     typer.echo(f"{memory}; warm-up {setup['num_warm_up']}")
     typer.echo(f"source {source}; timed: {setup['timed']}")
     typer.echo("machine " + "; ".join(machine.values()))
+
+
+def print_gate(gate: Mapping[str, Any], title: str) -> None:
+    """Print what INT8 is worth here, and what was chosen (see ``gate.Verdict``)."""
+    name, agreement = gate["float_precision"], gate["agreement"]
+    graphs: Mapping[str, Mapping[str, Any]] = gate["graphs"]
+    rows = [
+        (
+            graph,
+            found["precision"],
+            _beside(found["float_ms"], found["int8_ms"]),
+            _beside(_megabytes([found["float_bytes"]]), _megabytes([found["int8_bytes"]])),
+            f"{found['num_int8_products']}/{found['num_products']}",
+            _beside(found["box_iou"], digits=3),
+            "",
+        )
+        for graph, found in graphs.items()
+    ]
+    each = list(graphs.values())
+    chosen_bytes = [g["int8_bytes" if g["precision"] == "int8" else "float_bytes"] for g in each]
+    num_int8 = sum(g["num_int8_products"] for g in each if g["precision"] == "int8")
+    rows.append(
+        (
+            "as chosen",
+            "",
+            _beside(gate["update_ms"].get("float"), gate["update_ms"].get("chosen")),
+            _beside(_megabytes([g["float_bytes"] for g in each]), _megabytes(chosen_bytes)),
+            f"{num_int8}/{sum(g['num_products'] for g in each)}",
+            _beside(sum(agreement["box_iou"]) / len(agreement["box_iou"]), digits=3),
+            f"{min(agreement['exits'].values(), default=1.0):.1%}",
+        )
+    )
+    print_table(
+        f"{title}\n{name} → int8, on {gate['source']}",
+        ("graph", "runs", "ms", "MB", "in int8", "IoU", "exits"),
+        rows,
+    )
+    typer.echo(
+        f"ms: of a segment at full depth, as chosen of an update at {gate['operating_point']}; in "
+        f"int8: products that are; IoU: of boxes with those of {name}; exits: share of "
+        f"{gate['num_crops']} crops that stop where {name} does, at the worst operating point"
+    )
+    for point, share in agreement["exits"].items():
+        unfitted = agreement["exits_unfitted"][point]
+        typer.echo(f"  {point}: {share:.1%}, by the bundle's own thresholds {unfitted:.1%}")
+    typer.echo(gate["sentence"])
+
+
+def _beside(*numbers: float | None, digits: int = 2) -> str:
+    """Those of the numbers that are known."""
+    return " → ".join(f"{number:.{digits}f}" for number in numbers if number is not None)
+
+
+def _megabytes(sizes_bytes: Sequence[int | None]) -> float | None:
+    """The sum, if all are known."""
+    known = [size for size in sizes_bytes if size is not None]
+    return sum(known) / 1e6 if len(known) == len(sizes_bytes) else None
 
 
 def _print_ways(gpu: "Gpu") -> None:

@@ -21,7 +21,14 @@ import numpy.typing as npt
 from edgetrack.errors import DataError
 from edgetrack.frames import image_paths, read_image
 
-__all__ = ["Sequence", "read_sequence", "read_sequences"]
+__all__ = [
+    "IMAGE_FOLDER",
+    "TRUTH_NAME",
+    "Sequence",
+    "read_sequence",
+    "read_sequences",
+    "read_truth",
+]
 
 IMAGE_FOLDER = "img"
 TRUTH_NAME = "groundtruth.txt"
@@ -79,7 +86,7 @@ def read_sequence(folder: str | os.PathLike[str]) -> Sequence:
     """
     folder = Path(folder)
     truth_path = folder / TRUTH_NAME
-    boxes = _read_boxes(truth_path)
+    boxes = read_truth(truth_path)
     paths = image_paths(folder / IMAGE_FOLDER) if (folder / IMAGE_FOLDER).is_dir() else []
     if len(paths) != len(boxes):
         raise DataError(
@@ -95,7 +102,12 @@ def read_sequence(folder: str | os.PathLike[str]) -> Sequence:
     return Sequence(folder.name, tuple(paths), boxes)
 
 
-def _read_boxes(path: Path) -> npt.NDArray[np.float64]:
+def read_truth(path: Path) -> npt.NDArray[np.float64]:
+    """Read a truth file: boxes ``(T, 4)`` xywh, rows of NaN where the target is absent.
+
+    Raises:
+        DataError: It cannot be read, or a row is malformed.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

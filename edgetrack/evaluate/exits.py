@@ -24,6 +24,7 @@ __all__ = [
     "ExitRecords",
     "calibrate_exits",
     "choose_operating_points",
+    "choose_presets",
     "exit_shares",
     "exits_taken",
     "record_exits",
@@ -36,6 +37,8 @@ IntArray = npt.NDArray[np.intp]
 _MAX_LOSS = 0.002  # of mean IoU, that ``accurate`` may lose against always the last exit
 _MAX_COST = {"balanced": 0.70, "fast": 0.50}  # shares of full depth's cost
 _MIN_SHARE = 0.2
+# A bundle whose operating points have these names has one threshold for all exits.
+_PRESETS = ("base", "medium", "fast")
 _NUM_QUANTILES = 41
 
 
@@ -92,7 +95,7 @@ def record_exits(
         ValueError: No frame after a first one has truth.
     """
     rows: list[list[tuple[float, float, float]]] = []
-    stages_ms: list[list[float]] = []
+    costs_ms: list[Float64Array] = []
     with Tracker(bundle, exit_policy=ExitPolicy.always_last(num_exits=bundle.num_exits)) as tracker:
         recorder = _Recorder(tracker.exit_policy.thresholds, read_bbox=tracker.read_answer)
         tracker.exit_policy = recorder
@@ -104,14 +107,21 @@ def record_exits(
             for frame, truth in zip(frames, sequence.boxes_xywh[1:], strict=True):
                 recorder.answers.clear()
                 tracker.update(frame)
-                stages_ms.append(list(tracker.stage_ms.values())[: bundle.num_exits + 1])
+                costs_ms.append(_cost_ms(tracker.stage_ms, bundle.num_exits))
                 if np.isfinite(truth).all():
                     rows.append([(float(iou_xywh(b, truth)), s, u) for b, s, u in recorder.answers])
     if not rows:
         raise ValueError("record_exits: expected frames with truth, got none")
     iou, score, uncertainty = np.moveaxis(np.array(rows, np.float64), -1, 0)
-    cost_ms = np.median(np.cumsum(stages_ms, axis=1), axis=0)[1:]  # the first stage is the crop
-    return ExitRecords(iou, score, uncertainty, cost_ms)
+    return ExitRecords(iou, score, uncertainty, np.median(costs_ms, axis=0))
+
+
+def _cost_ms(stage_ms: Mapping[str, float], num_exits: int) -> Float64Array:
+    """Time of stopping at each exit, of a frame in which all segments, and heads if any, ran."""
+    crop_ms, update_ms = stage_ms["crop"], stage_ms.get("update", 0.0)
+    segments_ms = np.cumsum([stage_ms[f"segment_{k}"] for k in range(num_exits)])
+    heads_ms = [stage_ms.get(f"head_{k}", 0.0) for k in range(num_exits)]
+    return np.asarray(crop_ms + segments_ms + np.array(heads_ms) + update_ms)
 
 
 def exits_taken(criterion: Float64Array, thresholds: Sequence[float] | Float64Array) -> IntArray:
@@ -175,20 +185,53 @@ def choose_operating_points(
     return {name: t.thresholds for name, t in points.items()}
 
 
+def choose_presets(
+    records: ExitRecords, *, cost: Sequence[float] | Float64Array, criterion: str = "entropy"
+) -> Mapping[str, tuple[float, ...]]:
+    """One threshold for all exits per speed preset, as DyTrack has them.
+
+    ``base`` is the cheapest that loses at most 0.002 of mean IoU against always the last exit;
+    ``medium`` is the deepest that spends at most half of what lies between the first exit's cost
+    and the last's, ``fast`` a quarter. None is shallower than the one after it.
+
+    Args:
+        records: What all exits said.
+        cost: Of running up to each exit, in any unit, rising.
+        criterion: What the thresholds are compared with; see ``policies.CRITERIA``.
+    """
+    values = records.criterion(criterion)
+    first, last = float(cost[0]), float(cost[-1])
+    count = values.shape[1] - 1
+    tried = np.unique(np.quantile(values[:, :-1], np.linspace(0, 1, _NUM_QUANTILES**2)))
+    tried = np.append(tried, np.nextafter(tried[-1], np.inf))  # of which all crops are below
+    costs, losses = np.empty((2, len(tried)))
+    for k, threshold in enumerate(tried):
+        exits = exits_taken(values, np.full(count, threshold))
+        costs[k] = np.mean(np.asarray(cost, np.float64)[exits])
+        losses[k] = (records.iou[:, -1] - records.iou[np.arange(len(exits)), exits]).mean()
+    # costs fall as thresholds rise, and the last one costs least
+    medium, fast = (int((costs <= first + s * (last - first)).argmax()) for s in (0.5, 0.25))
+    base = min(int(np.flatnonzero(losses <= _MAX_LOSS)[-1]), medium)
+    ranks = zip(_PRESETS, (base, medium, fast), strict=True)
+    return {name: (float(tried[rank]),) * count for name, rank in ranks}
+
+
 def calibrate_exits(bundle: Bundle, sequences: Sequence[TrackingSequence]) -> Bundle:
     """Choose a bundle's operating points on sequences, and write them into its manifest.
 
     Returns:
-        The bundle with ``accurate``, ``balanced`` and ``fast``, and in its provenance on what they
-        were chosen.
+        The bundle with ``accurate``, ``balanced`` and ``fast``, or with the presets that it already
+        names, and in its provenance on what they were chosen.
 
     Raises:
         ValueError: No frame after a first one has truth.
     """
     records = record_exits(bundle, sequences)
     # Products, not times: the same run gives the same thresholds on every machine.
-    cost = np.cumsum([segment.macs for segment in bundle.segments], dtype=np.float64)
-    points = choose_operating_points(records, cost=cost, criterion=bundle.criterion)
+    cost = np.array(bundle.exit_macs, np.float64)
+    has_presets = set(bundle.operating_points) == set(_PRESETS)
+    choose = choose_presets if has_presets else choose_operating_points
+    points = choose(records, cost=cost, criterion=bundle.criterion)
     values = records.criterion(bundle.criterion)
     shares = {
         name: exit_shares(exits_taken(values, thresholds), num_exits=bundle.num_exits)

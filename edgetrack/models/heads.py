@@ -1,22 +1,31 @@
-"""Exit heads: box edges as General Distributions, their decoding, and bypass branches.
+"""Exit heads and their decoding, and bypass branches.
 
 General Distribution: "Generalized Focal Loss", Li et al., NeurIPS 2020, arXiv 2006.04388. An edge
 is the expectation of a softmax over ``K`` bins of distance from the cell's centre; the entropy
 of that softmax says how sure the head is of the edge.
+
+CENTER: OSTrack (Ye et al., ECCV 2022, arXiv 2203.11991). A cell says how likely it is the target's
+centre, how far off the centre is, and the box's size.
 """
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from edgetrack.models.layers import BatchNorm2d, Block, ConvNormAct
+from edgetrack.models.units import Units, channels_between
 
 __all__ = [
     "BypassBranch",
+    "CenterHead",
+    "CenterMaps",
     "GeneralDistributionHead",
+    "center_boxes",
     "decode_answer",
+    "decode_center",
     "edge_distances",
     "edge_entropy",
     "hann_window",
@@ -122,6 +131,116 @@ class GeneralDistributionHead(nn.Module):
         cls_logits = self.cls(outs[0]).flatten(1)
         edges = self.edges(outs[-1]).flatten(2).transpose(1, 2)
         return cls_logits, edges.reshape(edges.shape[0], -1, 4, self.num_bins)
+
+    def prunable_units(self) -> tuple[Units, ...]:
+        """The channels behind each convolution of each tower."""
+        found = []
+        last = [["cls", "edges"]] if len(self.towers) == 1 else [["cls"], ["edges"]]
+        for number, tower in enumerate(self.towers):
+            assert isinstance(tower, nn.Sequential)
+            paths = [f"towers.{number}.{index}" for index in range(len(tower))]
+            readers = [*([f"{path}.0"] for path in paths[1:]), last[number]]
+            found += [channels_between(self, *pair) for pair in zip(paths, readers, strict=True)]
+        return tuple(found)
+
+    @property
+    def first_convolutions(self) -> tuple[str, ...]:
+        """Paths of the convolutions that read the input."""
+        return tuple(f"towers.{number}.0.0" for number in range(len(self.towers)))
+
+
+class CenterMaps(NamedTuple):
+    """What a CENTER head says, cell by cell.
+
+    Attributes:
+        score: ``(B, H * W)`` in (0, 1).
+        offset: From the cell's corner to the box's centre, in cells, ``(B, H * W, 2)``, x before y.
+        size: Of the box, as shares of the search region, ``(B, H * W, 2)``, width before height.
+    """
+
+    score: Tensor
+    offset: Tensor
+    size: Tensor
+
+
+class CenterHead(nn.Module):
+    """OSTrack's head, with its parameter names: a tower each for score, offset and size.
+
+    The published head has the ``channels`` ``(768, 256, 128, 64, 32)``.
+
+    Args:
+        channels: Input width, then the width of each 3 x 3 convolution of a tower.
+    """
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.depth = len(channels) - 1
+        for tower, width in (("ctr", 1), ("offset", 2), ("size", 2)):
+            for index, (i, o) in enumerate(itertools.pairwise(channels), 1):
+                # A bias before the batch norm does nothing, but published weights have one.
+                layers = (nn.Conv2d(i, o, 3, 1, 1), BatchNorm2d(o), nn.ReLU(inplace=True))
+                self.add_module(f"conv{index}_{tower}", nn.Sequential(*layers))
+            self.add_module(f"conv{self.depth + 1}_{tower}", nn.Conv2d(channels[-1], width, 1))
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+        score = self.get_submodule(f"conv{self.depth + 1}_ctr")
+        nn.init.constant_(score.bias, -2.19)  # type: ignore[arg-type]  # prior 0.1, as in CenterNet
+
+    def forward(self, features: Tensor) -> CenterMaps:
+        """Maps of a feature map ``(B, C, H, W)``; score and size are kept 1e-4 off 0 and 1."""
+        score = self._tower("ctr", features).squeeze(-1).sigmoid().clamp(1e-4, 1 - 1e-4)
+        size = self._tower("size", features).sigmoid().clamp(1e-4, 1 - 1e-4)
+        return CenterMaps(score, self._tower("offset", features), size)
+
+    def _tower(self, name: str, features: Tensor) -> Tensor:
+        for index in range(1, self.depth + 2):
+            features = self.get_submodule(f"conv{index}_{name}")(features)
+        # bfloat16 cannot tell 1 - 1e-4 from 1, and the loss takes the logarithm of what is left.
+        return features.float().flatten(2).transpose(1, 2)
+
+    def prunable_units(self) -> tuple[Units, ...]:
+        """The channels behind each 3 x 3 convolution of each tower."""
+        found = []
+        for tower in ("ctr", "offset", "size"):
+            for index in range(1, self.depth + 1):
+                follower = f"conv{index + 1}_{tower}"
+                reader = follower if index == self.depth else f"{follower}.0"
+                found.append(channels_between(self, f"conv{index}_{tower}", (reader,)))
+        return tuple(found)
+
+
+def center_boxes(maps: CenterMaps) -> Tensor:
+    """The box that each cell stands for.
+
+    Returns:
+        Boxes ``(B, H * W, 4)``, cxcywh, normalised to the search region.
+    """
+    grid = math.isqrt(maps.score.shape[1])
+    steps = torch.arange(grid, device=maps.score.device, dtype=maps.score.dtype)
+    corners = torch.stack([steps.repeat(grid), steps.repeat_interleave(grid)], -1)
+    return torch.cat([(corners + maps.offset) / grid, maps.size], -1)
+
+
+def decode_center(maps: CenterMaps, *, window: Tensor) -> dict[str, Tensor]:
+    """Turn a CENTER head's maps into one box and one score per sample.
+
+    Args:
+        maps: Of the head.
+        window: Weights of the cells ``(H * W,)``; they choose the cell and do not change its score.
+
+    Returns:
+        ``bbox_cxcywh`` ``(B, 4)`` normalised to the search region, ``score`` ``(B,)`` in (0, 1).
+    """
+    grid = math.isqrt(window.shape[0])
+    cell = (maps.score * window).argmax(1, keepdim=True)
+    score = maps.score.gather(1, cell).squeeze(1)
+    at_cell = torch.cat([maps.offset, maps.size], -1)
+    at_cell = at_cell.gather(1, cell[..., None].expand(-1, -1, 4)).squeeze(1)
+    row = torch.div(cell, grid, rounding_mode="floor")
+    corner = torch.cat([cell - row * grid, row], 1)
+    centre = (corner + at_cell[:, :2]) / grid
+    return {"bbox_cxcywh": torch.cat([centre, at_cell[:, 2:]], 1), "score": score}
 
 
 class BypassBranch(nn.Module):

@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgetrack.models.units import Gate, Side, Units
+
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
@@ -69,12 +71,33 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens ``(B, N, dim)`` → tokens of the same shape."""
-        B, N, C = tokens.shape
-        qkv = self.qkv(tokens).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        return self.mix(*self.heads(tokens))
+
+    def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``(B, N, dim)`` → q, k and v, each ``(B, heads, N, dim / heads)``."""
+        B, N, _ = tokens.shape
+        head_dim = self.qkv.out_features // (3 * self.num_heads)
+        qkv = self.qkv(tokens).reshape(B, N, 3, self.num_heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Values weighed by how keys fit queries, joined over the heads: ``(B, N, dim)``."""
         mixed = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(B, N, C))
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def prunable_units(self) -> tuple[Units, ...]:
+        """The dimensions of each head, shared by query, key and value."""
+        units = Units(
+            name="",
+            kind="attention",
+            shape=(self.num_heads, self.qkv.out_features // (3 * self.num_heads)),
+            written_by=(Side("qkv", copies=3),),
+            read_by=(Side("proj"),),
+            gates=(Gate("qkv", is_output=True, copies=3),),
+        )
+        return (units,)
 
 
 class Mlp(nn.Module):
@@ -88,6 +111,18 @@ class Mlp(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
         return out
+
+    def prunable_units(self) -> tuple[Units, ...]:
+        """The hidden units, gated behind the GELU."""
+        units = Units(
+            name="",
+            kind="mlp",
+            shape=(self.fc1.out_features,),
+            written_by=(Side("fc1"),),
+            read_by=(Side("fc2"),),
+            gates=(Gate("fc2"),),
+        )
+        return (units,)
 
 
 class Block(nn.Module):
@@ -113,10 +148,11 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens ``(B, N, dim)`` → tokens of the same shape."""
-        tokens = tokens + self._drop(self.attn(self.norm1(tokens)))
-        return tokens + self._drop(self.mlp(self.norm2(tokens)))
+        tokens = tokens + self.drop(self.attn(self.norm1(tokens)))
+        return tokens + self.drop(self.mlp(self.norm2(tokens)))
 
-    def _drop(self, branch: Tensor) -> Tensor:
+    def drop(self, branch: Tensor) -> Tensor:
+        """A residual branch ``(B, N, dim)``, dropped for some samples in training."""
         if not self.training or self.drop_path == 0.0:
             return branch
         keep = 1.0 - self.drop_path
@@ -232,6 +268,21 @@ class _ShuffleUnit(nn.Module):
         B, C, H, W = new.shape
         return torch.stack([keep, new], 2).reshape(B, 2 * C, H, W)
 
+    def prunable_units(self) -> tuple[Units, ...]:
+        """The channels inside the second branch; those that are shuffled must stay as many."""
+        first = self.branch2["pw1"]
+        assert isinstance(first, nn.Conv2d)
+        # A channel that is 0 leaves the depthwise convolution as its bias: the gate comes after.
+        units = Units(
+            name="branch2",
+            kind="gated",
+            shape=(first.out_channels,),
+            written_by=(Side("branch2.pw1"), Side("branch2.dw")),
+            read_by=(Side("branch2.pw2"),),
+            gates=(Gate("branch2.pw2"),),
+        )
+        return (units,)
+
 
 class ShuffleStem(nn.Module):
     """ShuffleNetV2 1.0x to stride 16 (Ma et al., ECCV 2018, arXiv 1807.11164).
@@ -269,6 +320,20 @@ class ShuffleStem(nn.Module):
         """Features at stride 8 → features at stride 16, ``(B, 232, H/16, W/16)``."""
         out: Tensor = self.stage3(fine)
         return out
+
+    def prunable_units(self) -> tuple[Units, ...]:
+        """The channels of the first convolution; each unit lists its own."""
+        first, readers = self.stem["conv"], ("stage2.0.branch1.pw", "stage2.0.branch2.pw1")
+        assert isinstance(first, nn.Conv2d)
+        units = Units(
+            name="stem.conv",
+            kind="gated",
+            shape=(first.out_channels,),
+            written_by=(Side("stem.conv"), Side("stage2.0.branch1.dw")),
+            read_by=tuple(map(Side, readers)),
+            gates=tuple(map(Gate, readers)),
+        )
+        return (units,)
 
 
 def _leaky(x: Tensor) -> Tensor:

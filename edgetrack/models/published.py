@@ -1,58 +1,234 @@
-"""Weights that others published, mapped onto our models."""
+"""Weights that others published, mapped onto our models; nothing in their files is executed."""
 
+import dataclasses
+import math
+import pickle
+import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgetrack.errors import CheckpointError
 from edgetrack.models.layers import ShuffleStem
+from edgetrack.models.loretrack import LoReTrack
+from edgetrack.models.ostrack import CONFIGS, OSTrack, OSTrackConfig
 
-__all__ = ["load_ostrack_trunk", "load_shuffle_stem"]
+__all__ = ["PublishedCheckpoint", "load_ostrack", "load_shuffle_stem", "read_checkpoint"]
 
-_UNUSED_BY_OSTRACK = ("cls_token", "pos_embed")
+# What torch.load was seen to raise at damaged files.
+_UNREADABLE = (EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+_UNUSED_BY_OSTRACK = ("backbone.cls_token", "backbone.pos_embed")
+_PATCH_KEY = "backbone.patch_embed.proj.weight"
+_PATCH_PX, _HEAD_DIM = 16, 64
 
 
-def load_ostrack_trunk(trunk: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load the ``backbone.*`` keys of an OSTrack checkpoint into a ``patch`` trunk, unchanged.
+class _Inert:
+    """Stands for an object of OSTrack's own training code: keeps what was stored, does nothing."""
 
-    Its CENTER head (``box_head.*``) has no place in a General Distribution tracker and is left out.
+    def __init__(self, *args: object) -> None:
+        self.state: Mapping[str, Any] = {}
 
-    Args:
-        trunk: ``EarlyExitViT.backbone`` of the ``base`` variant.
-        state_dict: The checkpoint's network weights.
+    def __setstate__(self, state: object) -> None:
+        self.state = state if isinstance(state, dict) else {}
+
+
+# Published checkpoints of this lineage carry these beside the weights. No code of theirs is run:
+# they are names under which ``_Inert`` is put.
+_INERT_NAMES = (
+    "lib.train.admin.environment.EnvironmentSettings",
+    "lib.train.admin.local.EnvironmentSettings",
+    "lib.train.admin.settings.Settings",
+    "lib.train.admin.stats.AverageMeter",
+    "lib.train.admin.stats.StatValue",
+    "_codecs.encode",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+
+
+@dataclass(frozen=True)
+class PublishedCheckpoint:
+    """What a file of weights holds.
+
+    Attributes:
+        weights: By the names that they were published under.
+        settings: What the training that wrote it says of itself; empty where it says nothing.
+    """
+
+    weights: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: Path) -> PublishedCheckpoint:
+    """Read ``{"net": weights, ...}`` or bare weights; nothing in the file is executed.
 
     Raises:
-        CheckpointError: Keys are missing, unknown or of another shape; they are named, and
-            nothing is loaded.
+        CheckpointError: It cannot be read, holds objects that only code could make, or no weights.
     """
-    ours = trunk.state_dict()
-    theirs = {
-        key.removeprefix("backbone."): value
-        for key, value in state_dict.items()
-        if key.startswith("backbone.")
+    inert = [(_Inert, name) for name in _INERT_NAMES]
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(inert):  # type: ignore[arg-type]  # its stub lacks the pairs
+            warnings.simplefilter("ignore")  # of pickle protocols, where the file is no checkpoint
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Not torch's own words: they advise to switch its safety off.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"an object of {named[1]!r}" if named else "a damaged or foreign file"
+        raise CheckpointError(
+            f"{path}: expected tensors alone, got {found}; loading it could run code, so save its "
+            "weights again: torch.save({'net': model.state_dict()}, path)"
+        ) from error
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint that torch.save wrote, got a damaged or foreign file "
+            f"({type(error).__name__}); download it again"
+        ) from error
+    weights = content.get("net", content) if isinstance(content, dict) else content
+    is_weights = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
+    if not is_weights or not weights:
+        raise CheckpointError(
+            f"{path}: expected weights by name, or under the key 'net', got {_description(content)}"
+        )
+    settings = content.get("settings")
+    return PublishedCheckpoint(weights, settings.state if isinstance(settings, _Inert) else {})
+
+
+def load_ostrack(
+    checkpoint: PublishedCheckpoint,
+    *,
+    family: str = "ostrack",
+    search_factor: float | None = None,
+    is_eliminating: bool | None = None,
+) -> OSTrack:
+    """An OSTrack or a LoReTrack with published weights, unchanged.
+
+    Sizes and widths are read off the weights. Two things are not in them: the search factor and
+    whether candidates are eliminated. Where neither the caller nor the checkpoint's settings say,
+    they are the family's own for that size (4 for OSTrack-256, else 5), and no.
+
+    Args:
+        checkpoint: With OSTrack's names.
+        family: ``ostrack`` or ``loretrack``.
+        search_factor: Window of the search region over the root of the target's area.
+        is_eliminating: Whether candidates are eliminated, after blocks 3, 6 and 9.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: Keys are missing, unknown or of another shape; they are named.
+    """
+    weights = {k: v for k, v in checkpoint.weights.items() if k not in _UNUSED_BY_OSTRACK}
+    config = _config_of(weights, family=family)
+    said_factor, said_eliminating = _said(checkpoint.settings)
+    factor = search_factor or said_factor or config.search_factor
+    eliminates = said_eliminating if is_eliminating is None else is_eliminating
+    if eliminates and family == "loretrack":
+        raise CheckpointError("LoReTrack checkpoint: expected no candidate elimination, which its "
+                              "distillation cannot have, got it; use --family ostrack")  # fmt: skip
+    config = dataclasses.replace(
+        config,
+        search_factor=float(factor),
+        eliminate_at=CONFIGS["256-ce"].eliminate_at if eliminates else (),
+    )
+    model = {"ostrack": OSTrack, "loretrack": LoReTrack}[family](config)
+    _load(model, weights)
+    return model.eval()
+
+
+def _config_of(weights: Mapping[str, Tensor], *, family: str) -> OSTrackConfig:
+    """The architecture that weights of OSTrack's names have."""
+    blocks = {int(m[1]) for k in weights if (m := re.match(r"backbone\.blocks\.(\d+)\.", k))}
+    read = (
+        _PATCH_KEY,
+        "backbone.pos_embed_z",
+        "backbone.pos_embed_x",
+        "backbone.blocks.0.mlp.fc1.weight",
+        *(f"box_head.conv{layer}_ctr.0.weight" for layer in range(1, 5)),
+    )
+    if missing := [k for k in read if k not in weights]:
+        raise CheckpointError(
+            f"OSTrack checkpoint: expected the keys of a ViT trunk and a CENTER head, got no "
+            f"{', '.join(missing)}; got {_some(weights)}"
+        )
+    patch, positions_z, positions_x, hidden, *convolutions = (weights[k] for k in read)
+    sizes = []
+    for name, positions in (("pos_embed_z", positions_z), ("pos_embed_x", positions_x)):
+        is_square = (
+            positions.ndim == 3 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
+        )
+        if not is_square:
+            raise CheckpointError(
+                f"OSTrack checkpoint: expected backbone.{name} of (1, n * n, width), got "
+                f"{tuple(positions.shape)}"
+            )
+        sizes.append(math.isqrt(positions.shape[1]) * _PATCH_PX)
+    dim = patch.shape[0]
+    if tuple(patch.shape) != (dim, 3, _PATCH_PX, _PATCH_PX) or dim % _HEAD_DIM or hidden.ndim != 2:
+        raise CheckpointError(
+            f"OSTrack checkpoint: expected {_PATCH_KEY} of (n * {_HEAD_DIM}, 3, {_PATCH_PX}, "
+            f"{_PATCH_PX}) and matrices in the MLP, got {tuple(patch.shape)} and "
+            f"{tuple(hidden.shape)}"
+        )
+    is_ostrack_256 = family == "ostrack" and sizes[1] == CONFIGS["256"].search_size_px
+    return OSTrackConfig(
+        template_size_px=sizes[0],
+        search_size_px=sizes[1],
+        search_factor=CONFIGS["256" if is_ostrack_256 else "384"].search_factor,
+        dim=dim,
+        num_heads=dim // _HEAD_DIM,
+        mlp_ratio=hidden.shape[0] / dim,
+        exit_after=(max(blocks) + 1,),
+        head_channels=tuple(conv.shape[0] for conv in convolutions),
+    )
+
+
+def _said(settings: Mapping[str, Any]) -> tuple[float | None, bool]:
+    """Search factor and candidate elimination, as the training's own settings have them."""
+    factors, path = settings.get("search_area_factor"), settings.get("project_path")
+    factor = factors.get("search") if isinstance(factors, dict) else None
+    is_eliminating = isinstance(path, str) and "_ce_" in f"{path}_"
+    return (factor if isinstance(factor, (int, float)) else None), is_eliminating
+
+
+def _load(model: OSTrack, weights: Mapping[str, Tensor]) -> None:
+    ours = model.state_dict()
+    found = {
+        "missing": [k for k in ours if k not in weights],
+        "unknown": [k for k in weights if k not in ours],
+        "other shape": [
+            f"{k} {tuple(weights[k].shape)} instead of {tuple(v.shape)}"
+            for k, v in ours.items()
+            if k in weights and weights[k].shape != v.shape
+        ],
     }
-    for key in _UNUSED_BY_OSTRACK:
-        theirs.pop(key, None)
-    foreign = [k for k in state_dict if not k.startswith(("backbone.", "box_head."))]
-    missing = [f"backbone.{k}" for k in ours if k not in theirs]
-    unknown = [f"backbone.{k}" for k in theirs if k not in ours] + foreign
-    shapes = [
-        f"backbone.{k} {tuple(theirs[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in ours.items()
-        if k in theirs and theirs[k].shape != v.shape
-    ]
-    found = {"missing": missing, "unknown": unknown, "other shape": shapes}
     if problems := "; ".join(f"{k}: {', '.join(v)}" for k, v in found.items() if v):
         raise CheckpointError(
-            f"OSTrack checkpoint: expected the keys of a ViT-B/16 trunk, got {problems}; "
-            "use a checkpoint without candidate elimination layers of another size"
+            f"OSTrack checkpoint: expected the keys of a ViT trunk and a CENTER head, got "
+            f"{problems}"
         )
-    trunk.load_state_dict(theirs)
+    model.load_state_dict(weights)
+
+
+def _description(content: object) -> str:
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    return _some(content) if content else "nothing"
+
+
+def _some(names: Mapping[Any, object], *, count: int = 4) -> str:
+    """A few of the keys, for a message."""
+    shown = ", ".join(repr(k) for k in list(names)[:count])
+    return shown + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def load_shuffle_stem(stem: ShuffleStem, path: Path) -> None:

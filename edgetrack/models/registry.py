@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 
 from edgetrack.bundle import WEIGHTS_NAME, Bundle
 from edgetrack.errors import CheckpointError
+from edgetrack.models.adapt import adapt_weights
 from edgetrack.models.segmented import SegmentedModel
+from edgetrack.models.units import narrow, read_widths
 
 __all__ = ["create_model", "list_models", "load_fitting_weights", "load_model"]
 
-_FAMILIES = ("early_exit_vit",)
+_FAMILIES = ("dytrack", "early_exit_vit", "fartrack", "loretrack", "ostrack", "siamese_cnn")
 
 
 def list_models() -> tuple[str, ...]:
@@ -30,7 +32,8 @@ def create_model(name: str, config: Mapping[str, Any] | None = None) -> Segmente
 
     Args:
         name: ``<family>-<variant>``; with ``config``, only the family counts.
-        config: What ``SegmentedModel.config_dict`` gave, in the place of the variant's.
+        config: What ``SegmentedModel.config_dict`` gave, in the place of the variant's; its
+            ``widths`` narrow the model.
 
     Raises:
         ValueError: There is no such family or variant, or the configuration does not fit it.
@@ -41,7 +44,13 @@ def create_model(name: str, config: Mapping[str, Any] | None = None) -> Segmente
     module = importlib.import_module(f"edgetrack.models.{family}")
     if config is None and variant not in module.CONFIGS:
         raise ValueError(f"model: expected one of {list_models()}, got {name!r}")
-    model: SegmentedModel = module.create(variant if config is None else config)
+    if config is None:
+        wide: SegmentedModel = module.create(variant)
+        return wide
+    model: SegmentedModel = module.create({k: v for k, v in config.items() if k != "widths"})
+    if widths := read_widths(config.get("widths", {})):
+        narrow(model, widths)
+        model.widths = widths
     return model
 
 
@@ -67,9 +76,12 @@ def load_model(bundle: Bundle) -> SegmentedModel:
 def load_fitting_weights(model: SegmentedModel, bundle: Bundle) -> list[str]:
     """Start a model from another one's weights, where names and shapes fit.
 
+    Weights of another resolution are resized, and a last exit stays one (see ``adapt``).
+
     Args:
         model: Written.
-        bundle: Of the same family; its configuration may differ.
+        bundle: Of the same family, or of one with parameters of the same names; its configuration
+            may differ.
 
     Returns:
         The names that kept their own values.
@@ -83,6 +95,7 @@ def load_fitting_weights(model: SegmentedModel, bundle: Bundle) -> list[str]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: expected weights, got: {error}") from error
     ours = model.state_dict()
+    theirs = adapt_weights(theirs, ours)
     fitting = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
     if not fitting:
         raise CheckpointError(

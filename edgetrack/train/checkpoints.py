@@ -11,7 +11,13 @@ import torch
 
 from edgetrack.errors import CheckpointError
 
-__all__ = ["checkpoint_fits", "find_checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "CHECKPOINT_NAME",
+    "checkpoint_fits",
+    "find_checkpoint",
+    "read_checkpoint",
+    "write_checkpoint",
+]
 
 CHECKPOINT_NAME = "checkpoint.pt"
 _KEYS = {"recipe", "stage", "step", "model", "average", "optimizer", "rng"}

@@ -37,7 +37,7 @@ from edgetrack.train.checkpoints import (
 )
 from edgetrack.train.objectives import OBJECTIVES, Objective
 from edgetrack.train.recipes import Recipe, Stage, create_changed_model
-from edgetrack.train.sampling import PairSampler
+from edgetrack.train.sampling import Batches
 
 __all__ = ["Progress", "fit", "load_trained"]
 
@@ -70,7 +70,7 @@ class Progress:
 
 def fit(
     recipe: Recipe,
-    sampler_of: Callable[[int, Stage, torch.device], PairSampler],
+    sampler_of: Callable[[int, Stage, torch.device], Batches],
     output: Path,
     *,
     teacher: SegmentedModel | None = None,
@@ -211,7 +211,7 @@ class _StageRun:
 
     def train(
         self,
-        sampler: PairSampler,
+        sampler: Batches,
         *,
         is_compiled: bool,
         checkpoint_every_s: float,

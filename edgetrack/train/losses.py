@@ -49,8 +49,16 @@ class LossWeights:
         distil_edges: KL from the final head's edge distributions (stage 2).
         distil_score: Binary cross-entropy to the final head's score map (stage 2).
         temperature: Temperature of the KL.
+        iou: Regression of the predicted IoU (DyTrack).
+        distil_target: Target-aware self-distillation from the last branch (DyTrack).
         boxes_at: Cells of a CENTER head whose boxes are taught: the ``winner``, as OSTrack does,
             or all around the true centre by the ``heatmap``, which little data asks for.
+        qkv: QKV-KD from a high-resolution teacher (LoReTrack).
+        disc: Disc-KD from it.
+        qkv_form: ``kl`` or ``mse`` (see ``objectives.low_resolution``).
+        target_energy: Of the mean square of a teacher's feature over its channels, from which on a
+            cell counts as the target's in Disc-KD. The default is the published one, for OSTrack's
+            trunk; a trunk whose last norm has other scales needs another.
     """
 
     score: float = 1.0
@@ -60,12 +68,20 @@ class LossWeights:
     distil_edges: float = 1.0
     distil_score: float = 0.25
     temperature: float = 1.0
+    iou: float = 1.0
+    distil_target: float = 1.0
     boxes_at: str = "winner"
+    qkv: float = 0.01
+    disc: float = 0.01
+    qkv_form: str = "kl"
+    target_energy: float = 0.20
 
     def __post_init__(self) -> None:
         """Refuse an unknown choice."""
         if self.boxes_at not in ("winner", "heatmap"):
             raise ValueError(f"boxes_at: expected 'winner' or 'heatmap', got {self.boxes_at!r}")
+        if self.qkv_form not in ("kl", "mse"):
+            raise ValueError(f"qkv_form: expected 'kl' or 'mse', got {self.qkv_form!r}")
 
 
 def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Plan batches of pairs: all that is random, decided in NumPy for a whole batch at once."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,11 +91,19 @@ class CropPlan:
 
 @dataclass(frozen=True)
 class PairPlan:
-    """N pairs; ``is_present`` is ``(N,)``, float32."""
+    """N pairs.
+
+    Attributes:
+        template: The first template.
+        search_region: Where to find the same object.
+        is_present: ``(N,)``, float32: 1, or 0 where the template shows another object.
+        later_templates: Templates between the two, oldest first.
+    """
 
     template: CropPlan
     search_region: CropPlan
     is_present: Float32Array
+    later_templates: tuple[CropPlan, ...] = ()
 
 
 class Planner:
@@ -112,27 +121,33 @@ class Planner:
         index: ImageIndex,
     ) -> None:
         self.crops, self.augmentation, self.absent_rate = crops, augmentation, absent_rate
-        self._table = TargetTable(pack, extra_clips, mix=mix, index=index)
-        self._cutouts, self._scenes = self._table.cutouts, self._table.scenes
+        self.table = TargetTable(pack, extra_clips, mix=mix, index=index)
+        self._cutouts, self._scenes = self.table.cutouts, self.table.scenes
 
-    def plan(self, rng: Rng, count: int) -> PairPlan:
-        """Plan ``count`` pairs."""
+    def plan(self, rng: Rng, count: int, *, num_templates: int = 1) -> PairPlan:
+        """Plan ``count`` pairs; what else is drawn does not depend on ``num_templates``."""
         how = self.augmentation
-        target = self._table.draw(rng, count, far_gap_rate=how.far_gap_rate)
+        target = self.table.draw(rng, count, far_gap_rate=how.far_gap_rate)
         target, other, is_present = self._hide_some(rng, target)
         is_mirrored = rng.random(count) < how.flip_rate
         is_search_mirrored = is_mirrored ^ (rng.random(count) < how.single_flip_rate)
         is_grey = rng.random(count) < how.grey_rate
-        return PairPlan(
+        pairs = PairPlan(
             self._template(rng, other, is_mirrored, is_grey),
             self._search_region(rng, target, other, is_search_mirrored, is_grey),
             is_present.astype(np.float32),
         )
+        shares = np.sort(rng.random((num_templates - 1, count)), 0)
+        later = tuple(
+            self._template(rng, self.table.on_the_way(other, share), is_mirrored, is_grey)
+            for share in shares
+        )
+        return dataclasses.replace(pairs, later_templates=later)
 
     def _hide_some(self, rng: Rng, target: Targets) -> tuple[Targets, Targets, BoolArray]:
         """What the search regions show, what the templates show, and whether that is the same."""
         absent = np.flatnonzero(rng.random(len(target.owner)) < self.absent_rate)
-        others = self._table.draw(rng, _NUM_TRIES * len(absent), far_gap_rate=0.0)
+        others = self.table.draw(rng, _NUM_TRIES * len(absent), far_gap_rate=0.0)
         differs = others.owner.reshape(len(absent), _NUM_TRIES) != target.owner[absent, None]
         chosen = np.arange(len(absent)) * _NUM_TRIES + differs.argmax(1)
         is_found = differs.any(1)

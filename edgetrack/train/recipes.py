@@ -22,8 +22,8 @@ class Stage:
 
     Attributes:
         objective: What it minimises: a name in ``train.objectives``.
-        samples: Pairs to see.
-        batch_size: Pairs per step.
+        samples: Pairs to see, or runs of frames.
+        batch_size: Pairs per step, or runs.
         learning_rate: Peak rate; it rises linearly, then falls as a cosine.
         warmup_steps: Steps of the rise; a fifth of the stage at most.
         stem_rate: Factor on the rate of what was pretrained (``SegmentedModel.pretrained``).
@@ -31,6 +31,8 @@ class Stage:
         weight_decay: On matrices and kernels; vectors have none.
         clip_norm: Largest norm of the gradient.
         ema_decay: Of the averaged weights, which are the ones that ship.
+        num_templates: Templates of each pair.
+        num_frames: Frames of a run, for objectives that roll a tracker out; 0 gives pairs.
     """
 
     objective: str
@@ -43,10 +45,12 @@ class Stage:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     ema_decay: float = 0.998
+    num_templates: int = 1
+    num_frames: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a stage without steps."""
-        for name in ("samples", "batch_size", "warmup_steps"):
+        for name in ("samples", "batch_size", "warmup_steps", "num_templates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
@@ -116,6 +120,38 @@ CALIBRATION_CLIPS = (
     "uav_car16_1_03",
 )
 
+# OSTrack's schedule: 300 epochs of 60,000 pairs, on four sets in equal parts.
+_OSTRACK: dict[str, Any] = {
+    "samples": 18_000_000,
+    "batch_size": 128,
+    "learning_rate": 4e-4,
+    "stem_rate": 0.1,
+    "weight_decay": 1e-4,
+    "clip_norm": 0.1,
+    "ema_decay": 0.9998,
+}
+_OSTRACK_MIX = {"lasot": 1.0, "got10k": 1.0, "coco": 1.0, "trackingnet": 1.0}
+# FARTrack's: 500 epochs of 76,800 frames twice, then 20 epochs of 1,000 sequences.
+_FARTRACK: dict[str, Any] = {
+    "samples": 38_400_000,
+    "batch_size": 256,
+    "weight_decay": 1e-4,
+    "clip_norm": 0.1,
+    "ema_decay": 0.9998,
+    "num_templates": 5,
+}
+# A reduced budget, minutes of one CPU core.
+_LORETRACK_TINY: dict[str, Any] = {
+    "samples": 9_600,
+    "batch_size": 32,
+    "learning_rate": 3e-4,
+    "warmup_steps": 30,
+    "ema_decay": 0.99,
+}
+# This trunk's features have a mean square of 0.77; 0.8 has 3/4 of the target's cells above it, and
+# 1 in 14 of the others.
+_LORETRACK_TINY_WEIGHTS = LossWeights(target_energy=0.8)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -162,6 +198,23 @@ RECIPES: dict[str, Recipe] = {
             calibration_clips=CALIBRATION_CLIPS,
             num_synthetic_clips=96,
         ),
+        # From the pretrained stem, as early_exit_vit-tiny: an hour of two CPU cores.
+        Recipe(
+            name="siamese_cnn-tiny",
+            model="siamese_cnn-tiny",
+            stages=(
+                Stage(
+                    objective="final_exit",
+                    samples=320_000,
+                    learning_rate=1e-3,
+                    warmup_steps=300,
+                    frozen_stem_share=0.7,
+                    ema_decay=0.999,
+                ),
+                Stage(objective="shallow_exits", samples=80_000, learning_rate=1e-3),
+            ),
+            calibration_clips=CALIBRATION_CLIPS,
+        ),
         Recipe(
             name="early_exit_vit-smoke",
             model="early_exit_vit-tiny",
@@ -170,6 +223,160 @@ RECIPES: dict[str, Recipe] = {
                 Stage(objective="shallow_exits", samples=16, batch_size=8, warmup_steps=2),
             ),
             num_synthetic_clips=2,
+        ),
+        # From the weights of early_exit_vit-tiny: a reduced budget, minutes of one CPU core.
+        Recipe(
+            name="dytrack-tiny",
+            model="dytrack-tiny",
+            stages=(
+                Stage(
+                    objective="dytrack_branches",
+                    samples=28_800,
+                    batch_size=32,
+                    learning_rate=8e-4,
+                    frozen_stem_share=1.0,
+                    ema_decay=0.99,
+                ),
+                Stage(
+                    objective="dytrack_decisioners",
+                    samples=9_600,
+                    batch_size=32,
+                    learning_rate=4e-4,
+                    ema_decay=0.99,
+                ),
+            ),
+            loss_weights=LossWeights(boxes_at="heatmap"),
+            calibration_clips=CALIBRATION_CLIPS,
+        ),
+        # OSTrack's schedule, then 40 epochs for the decisioners.
+        Recipe(
+            name="dytrack-base",
+            model="dytrack-base",
+            stages=(
+                Stage(
+                    objective="dytrack_branches",
+                    samples=18_000_000,
+                    batch_size=128,
+                    learning_rate=4e-4,
+                    stem_rate=0.1,
+                    weight_decay=1e-4,
+                    clip_norm=0.1,
+                    ema_decay=0.9998,
+                ),
+                Stage(
+                    objective="dytrack_decisioners",
+                    samples=2_400_000,
+                    batch_size=128,
+                    learning_rate=4e-4,
+                    weight_decay=1e-4,
+                    clip_norm=0.1,
+                    ema_decay=0.9998,
+                ),
+            ),
+            mix={"lasot": 1.0, "got10k": 1.0, "coco": 1.0, "trackingnet": 1.0},
+        ),
+        # From the weights of early_exit_vit-tiny: a reduced budget, minutes of one CPU core.
+        Recipe(
+            name="fartrack-micro",
+            model="fartrack-micro",
+            stages=(
+                Stage(
+                    objective="fartrack_frames",
+                    samples=4_000,
+                    batch_size=32,
+                    learning_rate=8e-4,
+                    frozen_stem_share=1.0,
+                    ema_decay=0.99,
+                    num_templates=5,
+                ),
+                Stage(
+                    objective="fartrack_depths",
+                    samples=16_000,
+                    batch_size=32,
+                    learning_rate=8e-4,
+                    frozen_stem_share=1.0,
+                    ema_decay=0.99,
+                    num_templates=5,
+                ),
+                Stage(
+                    objective="fartrack_rollout",
+                    samples=160,
+                    batch_size=4,
+                    learning_rate=1e-4,
+                    warmup_steps=10,
+                    frozen_stem_share=1.0,
+                    ema_decay=0.95,
+                    num_templates=5,
+                    num_frames=12,
+                ),
+            ),
+            calibration_clips=CALIBRATION_CLIPS,
+        ),
+        # The published schedule; the exits 6, 10 and 15 are its Pico, Nano and Tiny.
+        Recipe(
+            name="fartrack-exits",
+            model="fartrack-exits",
+            stages=(
+                Stage(objective="fartrack_frames", learning_rate=4e-4, stem_rate=0.1, **_FARTRACK),
+                Stage(objective="fartrack_depths", learning_rate=4e-5, stem_rate=1.0, **_FARTRACK),
+                Stage(
+                    objective="fartrack_rollout",
+                    learning_rate=4e-6,
+                    stem_rate=0.1,
+                    num_frames=32,
+                    **{**_FARTRACK, "samples": 20_000, "batch_size": 64, "weight_decay": 0.05},
+                ),
+            ),
+            mix={"lasot": 1.0, "got10k": 1.0, "coco": 1.0, "trackingnet": 1.0},
+        ),
+        # From the weights of early_exit_vit-tiny: its final exit at a higher resolution.
+        Recipe(
+            name="loretrack-tiny-teacher",
+            model="loretrack-tiny",
+            model_config={"template_size_px": 96, "search_size_px": 192},
+            stages=(Stage(objective="final_exit", **_LORETRACK_TINY),),
+            calibration_clips=CALIBRATION_CLIPS,
+        ),
+        Recipe(
+            name="loretrack-tiny",
+            model="loretrack-tiny",
+            stages=(Stage(objective="low_resolution", **_LORETRACK_TINY),),
+            loss_weights=_LORETRACK_TINY_WEIGHTS,
+            calibration_clips=CALIBRATION_CLIPS,
+        ),
+        # Distil into the final exit, then train the others.
+        Recipe(
+            name="early_exit_vit-tiny-loretrack",
+            model="early_exit_vit-tiny",
+            stages=(
+                Stage(objective="low_resolution", **_LORETRACK_TINY),
+                Stage(objective="shallow_exits", samples=4_000, batch_size=32, ema_decay=0.99),
+            ),
+            loss_weights=_LORETRACK_TINY_WEIGHTS,
+            calibration_clips=CALIBRATION_CLIPS,
+        ),
+        # LoReTrack's teacher, and its students.
+        Recipe(
+            name="ostrack-384",
+            model="ostrack-384",
+            stages=(Stage(objective="center_exit", **_OSTRACK),),
+            mix=_OSTRACK_MIX,
+        ),
+        Recipe(
+            name="loretrack-base",
+            model="loretrack-base",
+            stages=(Stage(objective="low_resolution", **_OSTRACK),),
+            mix=_OSTRACK_MIX,
+        ),
+        # On the frozen trunk of an imported OSTrack: a new final head, then the shallow exits.
+        Recipe(
+            name="early_exit_vit-base-imported",
+            model="early_exit_vit-base",
+            stages=(
+                Stage(objective="final_head", **{**_OSTRACK, "samples": 4_800_000}),
+                Stage(objective="shallow_exits", **{**_OSTRACK, "samples": 4_800_000}),
+            ),
+            mix=_OSTRACK_MIX,
         ),
         # OSTrack's schedule: 300 epochs of 60,000 pairs, then 80 for the shallow exits.
         Recipe(

@@ -29,8 +29,10 @@ from edgetrack.models.published import load_shuffle_stem
 from edgetrack.models.registry import load_fitting_weights, load_model
 from edgetrack.models.segmented import SegmentedModel
 from edgetrack.train.loop import LOG_NAME, Progress, fit
+from edgetrack.train.objectives import OBJECTIVES
 from edgetrack.train.recipes import Recipe, Stage
-from edgetrack.train.sampling import PairSampler
+from edgetrack.train.rollouts import RunSampler
+from edgetrack.train.sampling import Batches, PairSampler
 from edgetrack.viz import plot_training
 
 __all__ = ["read_provenance", "read_sources", "run_recipe"]
@@ -48,6 +50,7 @@ def run_recipe(
     *,
     stem: Path | None = None,
     start: Bundle | None = None,
+    weights: SegmentedModel | None = None,
     teacher: Bundle | None = None,
     pseudo_tracks: Path | None = None,
     is_compiled: bool = False,
@@ -64,8 +67,9 @@ def run_recipe(
         output: Folder of the run.
         stem: Pretrained ShuffleNetV2 weights, ``.npz``.
         start: A bundle whose weights to start from, where names and shapes fit.
-        teacher: A bundle to learn from, for objectives that have a teacher; pairs are rendered at
-            the sizes of its crops.
+        weights: A model of the recipe's configuration to start from, such as what is left of
+            ``start`` when it was pruned.
+        teacher: A bundle to learn from, for objectives that have a teacher.
         pseudo_tracks: Tracks in the videos of the first training folder, or of the folder that
             holds the file, as ``edgetrack pseudolabel`` writes them.
         is_compiled: Compile the step; for GPUs.
@@ -91,7 +95,7 @@ def run_recipe(
     )
     clips = [_render(_FIRST_CLIP_SEED + k) for k in range(recipe.num_synthetic_clips)]
     guide = None if teacher is None else load_model(teacher)
-    crops = (recipe.create_model() if guide is None else guide).crops
+    crops = recipe.create_model().crops
     if is_first and not (output / PROVENANCE_NAME).is_file():
         _write_provenance(
             recipe,
@@ -101,16 +105,19 @@ def run_recipe(
             bundles={"start": start, "teacher": teacher},
         )
 
-    def sampler_of(seed: int, stage: Stage, device: torch.device) -> PairSampler:
-        return PairSampler(
+    def sampler_of(seed: int, stage: Stage, device: torch.device) -> Batches:
+        is_at_teachers = OBJECTIVES[stage.objective].reads_teacher_crops
+        pairs = PairSampler(
             pack,
-            crops=crops,
+            crops=guide.crops if is_at_teachers and guide is not None else crops,
             seed=seed,
             batch_size=stage.batch_size,
             mix=recipe.mix,
             extra_clips=clips,
             device=device,
+            num_templates=stage.num_templates,
         )
+        return RunSampler(pairs, num_frames=stage.num_frames) if stage.num_frames else pairs
 
     def initial(model: SegmentedModel) -> None:
         if stem is not None:
@@ -119,7 +126,9 @@ def run_recipe(
                 raise ValueError(f"stem: expected none for {recipe.model}, which has no "
                                  f"ShuffleNetV2 stem; got {stem}")  # fmt: skip
             load_shuffle_stem(stems[0], stem)
-        if start is not None:
+        if weights is not None:
+            model.load_state_dict(weights.state_dict())
+        elif start is not None:
             load_fitting_weights(model, start)
 
     model = fit(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,18 @@ from edgetrack.train.render import Scene, render
 from edgetrack.train.targets import DEFAULT_MIX
 from edgetrack.train.views import Views, rows_of
 
-__all__ = ["DEFAULT_MIX", "PairSampler", "PlannedBatch"]
+__all__ = ["DEFAULT_MIX", "Batches", "PairSampler", "PlannedBatch"]
 
 Int64Array = npt.NDArray[np.int64]
+
+
+class Batches(Protocol):
+    """Where a stage of training gets its batches from."""
+
+    def batches(
+        self, first_step: int, num_steps: int, *, rank: int = 0, num_ranks: int = 1
+    ) -> Iterator[dict[str, Tensor]]:
+        """Make ``num_steps`` batches from ``first_step`` on, the rows ``rank::num_ranks``."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class PairSampler:
         absent_rate: Share of pairs whose search region does not show the target.
         extra_clips: More clips, such as rendered ones.
         device: Where the images are kept and the crops rendered.
+        num_templates: Templates of each pair; the first is the same whatever their number.
 
     Raises:
         ValueError: A source of the mix is unknown, or its weight is negative.
@@ -72,8 +83,10 @@ class PairSampler:
         absent_rate: float = 0.05,
         extra_clips: Sequence[Clip] = (),
         device: torch.device | str = "cpu",
+        num_templates: int = 1,
     ) -> None:
         self.crops, self.seed, self.batch_size = crops, seed, batch_size
+        self.num_templates = num_templates
         self.device = torch.device(device)
         self._index = ImageIndex()
         self._planner = Planner(
@@ -111,16 +124,40 @@ class PairSampler:
     def plan(self, step: int, *, rank: int = 0, num_ranks: int = 1) -> PlannedBatch:
         """Decide all that is random in a batch, and decode the frames that its rows need."""
         rng = np.random.default_rng((self.seed, step))
-        pairs = self._planner.plan(rng, self.batch_size)
+        pairs = self._planner.plan(rng, self.batch_size, num_templates=self.num_templates)
         pairs = rows_of(pairs, slice(rank, None, num_ranks))
-        crops = pairs.template, pairs.search_region
+        (template, search_region, *later), decoded = self.decode(
+            pairs.template, pairs.search_region, *pairs.later_templates
+        )
+        pairs = replace(
+            pairs,
+            template=template,
+            search_region=search_region,
+            later_templates=tuple(later),
+        )
+        return PlannedBatch(pairs, decoded)
+
+    def decode(self, *crops: CropPlan) -> tuple[list[CropPlan], ImageStore]:
+        """Decode the frames that planned crops need.
+
+        Returns:
+            The crops, ready for ``render_crops``, and the frames.
+        """
         numbers = [n for crop in crops for n in (crop.view.image, crop.backdrop.image)]
         used = np.unique(np.concatenate(numbers))
         frames = used[used < -1]
         decoded = ImageStore(self._index.decode(frames, pool=self._pool), device=self.device)
-        template, search_region = (self._numbered(crop, frames) for crop in crops)
-        pairs = replace(pairs, template=template, search_region=search_region)
-        return PlannedBatch(pairs, decoded)
+        return [self._numbered(crop, frames) for crop in crops], decoded
+
+    def render_crops(self, crops: CropPlan, decoded: ImageStore, *, size_px: int) -> Tensor:
+        """Render crops ``(N, size_px, size_px, 3)``, uint8, RGB, that ``decode`` gave."""
+        return _render(crops, (self._store, decoded), size_px=size_px)
+
+    def draw_runs(
+        self, rng: np.random.Generator, *, num_frames: int
+    ) -> tuple[Int64Array, npt.NDArray[np.float64]]:
+        """Images and boxes of a batch of runs (see ``targets.TargetTable.draw_runs``)."""
+        return self._planner.table.draw_runs(rng, self.batch_size, num_frames=num_frames)
 
     def render(self, planned: PlannedBatch) -> dict[str, Tensor]:
         """Render planned rows.
@@ -130,7 +167,9 @@ class PairSampler:
             ``(b, Hs, Hs, 3)``, uint8, RGB; ``template_bbox_cxcywh`` and ``search_bbox_cxcywh``
             ``(b, 4)``, float32, normalised to their crops: the centre of the latter lies inside,
             its edges may not, and it is meaningless where the target is absent; ``is_present``
-            ``(b,)``, float32: 1, or 0 where the template shows another object.
+            ``(b,)``, float32: 1, or 0 where the template shows another object. With T templates
+            each also ``templates`` ``(b, T, Ht, Ht, 3)`` and ``templates_bbox_cxcywh``
+            ``(b, T, 4)``, the first among them.
         """
         pairs, stores = planned.pairs, (self._store, planned.decoded)
         template, search_region = pairs.template, pairs.search_region
@@ -138,13 +177,22 @@ class PairSampler:
         def to(values: npt.NDArray[np.float32]) -> Tensor:
             return torch.from_numpy(values.copy()).to(self.device, non_blocking=True)
 
-        return {
+        batch = {
             "template": _render(template, stores, size_px=self.crops.template_size_px),
             "search_region": _render(search_region, stores, size_px=self.crops.search_size_px),
             "template_bbox_cxcywh": to(template.bbox_cxcywh),
             "search_bbox_cxcywh": to(search_region.bbox_cxcywh),
             "is_present": to(pairs.is_present),
         }
+        if pairs.later_templates:
+            later = [
+                _render(crop, stores, size_px=self.crops.template_size_px)
+                for crop in pairs.later_templates
+            ]
+            boxes = [to(crop.bbox_cxcywh) for crop in pairs.later_templates]
+            batch["templates"] = torch.stack([batch["template"], *later], 1)
+            batch["templates_bbox_cxcywh"] = torch.stack([batch["template_bbox_cxcywh"], *boxes], 1)
+        return batch
 
     def _numbered(self, crop: CropPlan, frames: Int64Array) -> CropPlan:
         """The same crops; frames that were decoded come after the images in memory."""

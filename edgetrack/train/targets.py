@@ -4,6 +4,7 @@ A picture with a box is a clip of one frame, so pictures and clips share one tab
 textured boxes in unlabelled pictures have their own.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Targets:
         images: ``(N, 2)``, int64: template and search image (see ``ImageIndex``).
         bboxes_xywh: ``(N, 2, 4)``, float64, pixels: the object in these two.
         is_video: ``(N,)``, bool: the frames are two of a clip.
+        frames: ``(N, 2)``, int64: rows of the table, of one clip; -1 for what is in no clip.
     """
 
     cutout: Int64Array
@@ -76,6 +78,7 @@ class Targets:
     images: Int64Array
     bboxes_xywh: Float64Array
     is_video: BoolArray
+    frames: Int64Array
 
 
 class Cutouts:
@@ -120,7 +123,8 @@ class Cutouts:
         """Cutouts ``(count,)`` as targets."""
         count = len(cutout)
         images, boxes = np.full((count, 2), -1), np.ones((count, 2, 4))
-        return Targets(cutout, self.owner[cutout], images, boxes, np.zeros(count, bool))
+        is_video, frames = np.zeros(count, bool), np.full((count, 2), -1)
+        return Targets(cutout, self.owner[cutout], images, boxes, is_video, frames)
 
     def draw_alike(self, rng: Rng, cutout: Int64Array) -> Int64Array:
         """Draw one of the same kind as each; it may be the same."""
@@ -274,6 +278,7 @@ class TargetTable:
             np.full((count, 2), -1),
             np.ones((count, 2, 4)),
             np.zeros(count, bool),
+            np.full((count, 2), -1),
         )
         rows = np.flatnonzero(self._clip_count[source] > 0)
         if len(rows):
@@ -287,6 +292,7 @@ class TargetTable:
             found.images[rows] = self._image[frames]
             found.bboxes_xywh[rows] = self._bbox[frames]
             found.is_video[rows] = length > 1
+            found.frames[rows] = frames
         rows = self._rows_of("paste", source)
         if len(rows):
             found.cutout[rows] = self.cutouts.draw(rng, len(rows))
@@ -297,6 +303,47 @@ class TargetTable:
             found.owner[rows] = self._owner_of_image[images]
             found.images[rows], found.bboxes_xywh[rows] = images[:, None], bboxes[:, None]
         return found
+
+    def on_the_way(self, target: Targets, share: Float64Array) -> Targets:
+        """The same targets, with a later template.
+
+        Args:
+            target: N targets of this table.
+            share: ``(N,)``, in [0, 1]: how far from the template's frame to the search region's.
+        """
+        rows = np.flatnonzero(target.frames[:, 0] >= 0)
+        first, last = target.frames[rows].T
+        frames = first + np.rint((last - first) * share[rows]).astype(np.int64)
+        images, bboxes = target.images.copy(), target.bboxes_xywh.copy()
+        images[rows, 0], bboxes[rows, 0] = self._image[frames], self._bbox[frames]
+        return dataclasses.replace(target, images=images, bboxes_xywh=bboxes)
+
+    def draw_runs(
+        self, rng: Rng, count: int, *, num_frames: int
+    ) -> tuple[Int64Array, Float64Array]:
+        """Draw neighbouring frames of clips by the mix; a run that meets an end turns back.
+
+        Returns:
+            Images ``(count, num_frames)`` and boxes ``(count, num_frames, 4)``, xywh, pixels.
+
+        Raises:
+            DataError: No source of the mix has a clip of two frames or more.
+        """
+        is_moving = self._length > 1
+        source = np.repeat(np.arange(len(self._names)), self._clip_count)
+        of_source = np.bincount(source, is_moving, len(self._names))
+        weights = np.diff(self._shares, prepend=0.0)[source] * is_moving
+        weights = weights / np.maximum(of_source[source], 1)
+        if not weights.sum() > 0:
+            raise DataError(
+                f"training pack: expected clips to follow a target in, got none in {self._names}; "
+                "add videos with boxes, or leave out the stage that rolls trackers out"
+            )
+        clip = _draw_weighted(rng, np.cumsum(weights / weights.sum()), count)
+        turn = 2 * (self._length[clip] - 1)
+        at = (_below(rng, turn)[:, None] + np.arange(num_frames)) % turn[:, None]
+        frames = self._first[clip][:, None] + np.minimum(at, turn[:, None] - at)
+        return self._image[frames], self._bbox[frames].astype(float)
 
     def _rows_of(self, name: str, source: Int64Array) -> Int64Array:
         return np.flatnonzero(source == (self._names.index(name) if name in self._names else -1))

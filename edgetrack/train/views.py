@@ -68,7 +68,10 @@ class Layers:
 
 
 def rows_of(arrays: T, rows: Int64Array | slice) -> T:
-    """Some rows of a dataclass of arrays and of such dataclasses; anything else is kept."""
+    """Some rows of a dataclass of arrays, of such dataclasses and of tuples of them.
+
+    Anything else is kept.
+    """
     taken: dict[str, Any] = {}
     for field in dataclasses.fields(arrays):  # type: ignore[arg-type]  # a dataclass by contract
         value = getattr(arrays, field.name)
@@ -76,6 +79,8 @@ def rows_of(arrays: T, rows: Int64Array | slice) -> T:
             taken[field.name] = value[rows]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             taken[field.name] = rows_of(value, rows)
+        elif isinstance(value, tuple):
+            taken[field.name] = tuple(rows_of(part, rows) for part in value)
     return dataclasses.replace(arrays, **taken)  # type: ignore[type-var]  # as above
 
 

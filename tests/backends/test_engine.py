@@ -26,7 +26,9 @@ def engines(tmp_path: Path) -> EngineSet:
     folder.mkdir()
     file = folder / "template.onnx"
     file.write_bytes(b"engine")
-    graph = BuiltGraph(file=file.name, sha256=sha256_of(file), size_bytes=6, build_s=0.5)
+    graph = BuiltGraph(
+        file=file.name, sha256=sha256_of(file), size_bytes=6, build_s=0.5, precision="fp32"
+    )
     engines = EngineSet(path=folder, key=KEY, graphs={"template": graph}, built_at="now")
     engines.write()
     return engines
@@ -52,6 +54,7 @@ def test_a_graph_that_is_missing_is_named(engines: EngineSet) -> None:
         ("size_bytes", "6"),
         ("size_bytes", True),
         ("build_s", []),
+        ("precision", 8),
         ("file", 7),
     ],
 )

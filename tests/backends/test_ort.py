@@ -323,7 +323,7 @@ def test_ctrl_c_while_a_graph_is_read_is_passed_on(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object, **kwargs: object) -> None:
-        monkeypatch.setattr(ort, "_refusals", lambda: pytest.fail("imported after the error"))
+        monkeypatch.setattr(ort, "refusals", lambda: pytest.fail("imported after the error"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(OnnxRuntimeBackend, "_session", interrupted)

@@ -76,10 +76,82 @@ def test_training_starts_from_another_bundle_and_another_mix(home: Path, bundle:
     assert [entry["stage"] for entry in log] == [1, 2]
 
 
+@pytest.mark.slow
+def test_a_dytrack_starts_from_early_exit_vit_and_has_presets_of_one_threshold(home: Path) -> None:
+    trained = edgetrack(
+        "train", "dytrack-tiny", "--data", "data", "--samples", "32,32",
+        "--from", str(Bundle.load().path), cwd=home,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    exported = edgetrack(
+        "export", "runs/dytrack-tiny", "--output", "dytrack", "--calibrate", "sequences",
+        "--evaluate", "sequences", cwd=home,
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
+
+    bundle = Bundle.load(home / "dytrack")
+
+    assert set(bundle.operating_points) == {"base", "medium", "fast"}
+    assert all(len(set(thresholds)) == 1 for thresholds in bundle.operating_points.values())
+    assert bundle.operating_point == "medium"
+    scored = bundle.provenance["evaluation"]["metrics"]
+    assert set(scored) == {"exit 0", "exit 1", "exit 2", "base", "medium", "fast"}
+
+
+@pytest.mark.slow
+def test_a_ladder_of_resolutions_learns_from_one_teacher(home: Path) -> None:
+    """And a student with early exits is distilled into, then trained on."""
+    shipped = str(Bundle.load().path)
+    small = ("--data", "data", "--from", shipped)
+    taught = edgetrack(
+        "train", "loretrack-tiny-teacher", *small, "--samples", "32", "--search-size", "160",
+        cwd=home,
+    )  # fmt: skip
+    assert taught.returncode == 0, taught.stderr
+    teacher = edgetrack(
+        "export", "runs/loretrack-tiny-teacher-160", "--output", "teacher", cwd=home
+    )
+    assert teacher.returncode == 0, teacher.stderr
+
+    ladder = edgetrack(
+        "train", "loretrack-tiny", *small, "--samples", "32", "--search-size", "128,96",
+        "--teacher", "teacher", cwd=home,
+    )  # fmt: skip
+    composed = edgetrack(
+        "train", "early_exit_vit-tiny-loretrack", *small, "--samples", "32,32",
+        "--teacher", "teacher", cwd=home,
+    )  # fmt: skip
+
+    assert ladder.returncode == 0, ladder.stderr
+    assert composed.returncode == 0, composed.stderr
+    for size in (128, 96):
+        run, output = f"runs/loretrack-tiny-{size}", f"student_{size}"
+        exported = edgetrack("export", run, "--output", output, cwd=home)
+        assert exported.returncode == 0, exported.stderr
+        student = Bundle.load(home / output)
+        assert (student.family, student.num_exits) == ("loretrack", 1)
+        assert student.crops.search_size_px == size
+        assert student.crops.template_size_px == size // 2
+        assert student.provenance["teacher"]["bundle"] == "loretrack-tiny"
+    calibrated = edgetrack(
+        "export", "runs/loretrack-tiny-96", "--output", "never", "--calibrate", "sequences",
+        cwd=home,
+    )  # fmt: skip
+    assert calibrated.returncode == 2
+    assert "expected a model with exits to choose between" in " ".join(calibrated.stderr.split())
+    log = (home / "runs/early_exit_vit-tiny-loretrack/log.jsonl").read_text().splitlines()
+    stages = [json.loads(line) for line in log]
+    assert [entry["stage"] for entry in stages] == [1, 2]
+    assert {"qkv", "disc"} <= stages[0].keys()
+    assert "distil_0" in stages[1]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
         (("--mix", "video"), 2, "expected name=weight"),
+        (("--search-size", "128,x"), 2, "expected sides that the model can have"),
+        (("--search-size", "100"), 2, "template_size_px: expected a multiple of 16, got 50"),
         (("--samples", "0,1"), 2, "expected 2 whole numbers"),
         (("--data", "imagenet=data"), 1, "expected a training folder or LAYOUT=ROOT"),
         (("--data", "got10k=nowhere"), 1, "expected a folder of got10k data, got none"),

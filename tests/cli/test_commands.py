@@ -219,6 +219,21 @@ def test_inspect_shows_a_bundle_and_its_engines(home: Path) -> None:
     assert engines["key"]["bundle_digest"] == bundle["digest"]
 
 
+def test_inspect_shows_heads_and_what_is_carried(home: Path) -> None:
+    bundle = write_toy_bundle(home / "remembering", heads=True, memory=True)
+
+    content = json.loads(edgetrack("inspect", "remembering", "--json", cwd=home).stdout)
+    text = edgetrack("inspect", "remembering", cwd=home).stdout
+
+    assert [g["name"] for g in content["graphs"]] == [g.name for g in bundle.graphs]
+    assert content["carried"] == {"memory": "next_memory", "age": "next_age"}
+    assert "carried to the next frame: next_memory as memory, next_age as age" in text
+    shares = {line.split()[0]: line for line in text.splitlines() if " M " in line}
+    assert "where taken" in shares["head_1"]
+    assert "every frame" in shares["update"]
+    assert "100%" in shares["segment_2"]
+
+
 def test_doctor_says_what_this_machine_has(home: Path) -> None:
     report = json.loads(edgetrack("doctor", "--json", cwd=home).stdout)
 

@@ -86,8 +86,11 @@ int parameter_sizes(void (*)(Arguments...), unsigned* sizes) {
 #define FRAME_KERNELS(DO)   \
   DO(edgetrack_crop)        \
   DO(edgetrack_gate)        \
+  DO(edgetrack_gate_with_head) \
   DO(edgetrack_gate_flag)   \
   DO(edgetrack_settle)      \
+  DO(edgetrack_tell)        \
+  DO(edgetrack_carry)       \
   DO(edgetrack_probe)
 #define HOST_KERNELS_LAUNCH(kernel) \
   if (!std::strcmp(name, #kernel)) return host_kernels::launch(kernel, grid, block, params);

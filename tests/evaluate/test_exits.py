@@ -1,3 +1,5 @@
+import dataclasses
+import shutil
 from pathlib import Path
 
 import cv2
@@ -10,7 +12,9 @@ from edgetrack.data.sequences import read_sequences
 from edgetrack.data.synthetic import render_clip
 from edgetrack.evaluate.exits import (
     ExitRecords,
+    calibrate_exits,
     choose_operating_points,
+    choose_presets,
     exits_taken,
     record_exits,
 )
@@ -38,6 +42,16 @@ def outcome(
     loss = (records.iou[:, -1] - records.iou[np.arange(len(exits)), exits]).mean()
     shares = np.bincount(exits, minlength=3) / len(exits)
     return float(loss), float(shares @ COST_MS / COST_MS[-1]), shares.tolist()
+
+
+def write_clip(folder: Path) -> None:
+    """A rendered clip of six frames as a sequence."""
+    (folder / "img").mkdir(parents=True)
+    boxes = []
+    for index, (frame, bbox) in enumerate(render_clip(num_frames=6, width=160, height=120)):
+        cv2.imwrite(str(folder / "img" / f"{index:06d}.jpg"), frame)
+        boxes.append(",".join(str(v) for v in bbox))
+    (folder / "groundtruth.txt").write_text("\n".join(boxes))
 
 
 def test_the_exit_taken_is_the_first_below_its_threshold() -> None:
@@ -83,17 +97,59 @@ def test_thresholds_are_of_the_criterion(criterion: str) -> None:
     assert points["balanced"] != choose_operating_points(records, cost=COST_MS)["balanced"]
 
 
-def test_all_exits_are_asked_on_the_crops_of_the_last_one(toy: Bundle, tmp_path: Path) -> None:
-    sequence = tmp_path / "clip"
-    (sequence / "img").mkdir(parents=True)
-    boxes = []
-    for index, (frame, bbox) in enumerate(render_clip(num_frames=6, width=160, height=120)):
-        cv2.imwrite(str(sequence / "img" / f"{index:06d}.jpg"), frame)
-        boxes.append(",".join(str(v) for v in bbox))
-    (sequence / "groundtruth.txt").write_text("\n".join(boxes))
+@pytest.mark.parametrize("gain", [0.0, 0.02, 0.2])
+def test_presets_have_one_threshold_each_and_are_monotone_in_depth(gain: float) -> None:
+    records = records_of(gain=gain)
+
+    points = choose_presets(records, cost=COST_MS)
+
+    assert list(points) == ["base", "medium", "fast"]
+    assert all(len(set(thresholds)) == 1 for thresholds in points.values())
+    base, medium, fast = (points[name][0] for name in points)
+    assert base <= medium < fast
+    depths = [exits_taken(records.uncertainty, points[name]).mean() for name in points]
+    assert depths[0] >= depths[1] > depths[2]
+
+
+def test_presets_keep_their_promises() -> None:
+    records = records_of(gain=0.2)
+
+    points = choose_presets(records, cost=COST_MS)
+
+    loss, cost, _ = outcome(records, points["base"])
+    assert loss <= 0.002
+    assert cost < 0.9
+    halfway, quarter = (0.2 + share * 0.8 for share in (0.5, 0.25))
+    assert outcome(records, points["medium"])[1] == pytest.approx(halfway, abs=0.01)
+    assert outcome(records, points["fast"])[1] == pytest.approx(quarter, abs=0.01)
+    assert outcome(records, points["medium"])[1] <= halfway
+    assert outcome(records, points["fast"])[1] <= quarter
+
+
+def test_a_bundle_with_presets_keeps_them_when_it_is_calibrated(
+    toy: Bundle, tmp_path: Path
+) -> None:
+    bundle = Bundle.load(Path(shutil.copytree(toy.path, tmp_path / "bundle")))
+    presets = dict.fromkeys(("medium", "fast", "base"), (0.5, 0.5))
+    bundle = dataclasses.replace(bundle, operating_points=presets, operating_point="medium")
+    write_clip(tmp_path / "clips" / "clip")
+
+    calibrated = calibrate_exits(bundle.write(), list(read_sequences(tmp_path / "clips")))
+
+    assert set(calibrated.operating_points) == set(presets)
+    assert calibrated.operating_point == "medium"
+    assert all(len(set(t)) == 1 for t in calibrated.operating_points.values())
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_with_heads"])
+def test_all_exits_are_asked_on_the_crops_of_the_last_one(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bundle: Bundle = request.getfixturevalue(name)
+    write_clip(tmp_path / "clip")
     seen: list[str] = []
 
-    records = record_exits(toy, read_sequences(tmp_path), on_progress=seen.append)
+    records = record_exits(bundle, read_sequences(tmp_path), on_progress=seen.append)
 
     assert seen == ["clip"]
     assert records.iou.shape == records.score.shape == records.uncertainty.shape == (5, 3)

@@ -10,8 +10,12 @@ from torch.testing import assert_close
 
 from edgetrack.models.heads import (
     BypassBranch,
+    CenterHead,
+    CenterMaps,
     GeneralDistributionHead,
+    center_boxes,
     decode_answer,
+    decode_center,
     edge_distances,
     edge_entropy,
     hann_window,
@@ -203,3 +207,84 @@ def test_a_bypass_branch_leaves_the_trunks_tokens_alone() -> None:
     branch(tokens)
 
     assert torch.equal(tokens, before)
+
+
+def random_center_maps(*, batch: int = 3, grid: int = 6, seed: int = 0) -> CenterMaps:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(batch, grid**2, generator=generator).clamp(1e-4, 1 - 1e-4)
+    offset = torch.randn(batch, grid**2, 2, generator=generator)
+    return CenterMaps(score, offset, torch.rand(batch, grid**2, 2, generator=generator))
+
+
+def test_a_center_heads_parameters_have_the_published_names_and_shapes() -> None:
+    widths = (768, 256, 128, 64, 32)
+    expected: dict[str, tuple[int, ...]] = {}
+    for tower, out in (("ctr", 1), ("offset", 2), ("size", 2)):
+        for k in range(4):
+            name = f"conv{k + 1}_{tower}"
+            expected[f"{name}.0.weight"] = (widths[k + 1], widths[k], 3, 3)
+            for suffix in ("0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+                expected[f"{name}.{suffix}"] = (widths[k + 1],)
+            expected[f"{name}.1.num_batches_tracked"] = ()
+        expected[f"conv5_{tower}.weight"] = (out, 32, 1, 1)
+        expected[f"conv5_{tower}.bias"] = (out,)
+
+    found = CenterHead(widths).state_dict()
+
+    assert {name: tuple(value.shape) for name, value in found.items()} == expected
+
+
+@torch.no_grad()
+def test_a_center_heads_maps_are_its_towers_cell_by_cell() -> None:
+    torch.manual_seed(0)
+    head = CenterHead((8, 6, 4)).eval()
+    features = 3 * torch.randn(2, 8, 5, 5)
+
+    maps = head(features)
+
+    found = {"ctr": maps.score[..., None], "offset": maps.offset, "size": maps.size}
+    for name, values in found.items():
+        tower = [head.get_submodule(f"conv{k}_{name}") for k in (1, 2, 3)]
+        raw = tower[2](tower[1](tower[0](features)))
+        bounded = raw if name == "offset" else raw.sigmoid().clamp(1e-4, 1 - 1e-4)
+        for row in range(5):
+            for column in range(5):
+                assert_close(values[:, 5 * row + column], bounded[:, :, row, column])
+
+
+@torch.no_grad()
+def test_a_certain_center_score_stays_off_0_and_1_in_bfloat16() -> None:
+    head = CenterHead((4, 4)).eval()
+    for bias, expected in ((50.0, 1 - 1e-4), (-50.0, 1e-4)):
+        head.get_submodule("conv2_ctr").bias.fill_(bias)  # type: ignore[operator]  # a tensor
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = head(torch.zeros(1, 4, 3, 3))
+
+        assert maps.score.dtype == torch.float32
+        assert_close(maps.score, torch.full((1, 9), expected))
+
+
+def test_decoding_center_maps_equals_the_slow_twin() -> None:
+    maps, window = random_center_maps(), hann_window(6)
+
+    answer = decode_center(maps, window=window)
+
+    for b in range(3):
+        weighed = [float(maps.score[b, cell] * window[cell]) for cell in range(36)]
+        best = weighed.index(max(weighed))
+        offset_x, offset_y = maps.offset[b, best].tolist()
+        centre = [(best % 6 + offset_x) / 6, (best // 6 + offset_y) / 6]
+        expected = torch.tensor([*centre, *maps.size[b, best].tolist()])
+        assert_close(answer["bbox_cxcywh"][b], expected, atol=FROM_TWIN["float32"], rtol=0)
+        assert answer["score"][b] == maps.score[b, best]
+
+
+def test_the_window_chooses_among_equal_center_cells() -> None:
+    maps = random_center_maps(batch=1)
+    flat = maps._replace(score=torch.full_like(maps.score, 0.5))
+    window = torch.zeros(36)
+    window[20] = 1.0
+
+    box = decode_center(flat, window=window)["bbox_cxcywh"]
+
+    assert torch.equal(box, center_boxes(flat)[:, 20])

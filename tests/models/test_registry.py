@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from small_models import PATCH, make_model
 from toy_bundle import write_toy_bundle
 
+from edgetrack import models
 from edgetrack.bundle import Bundle
 from edgetrack.errors import CheckpointError
 from edgetrack.models.registry import create_model, list_models, load_model
@@ -23,7 +24,13 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def test_families_are_listed_with_their_variants() -> None:
-    assert list_models() == ("early_exit_vit-base", "early_exit_vit-tiny")
+    modules = Path(models.__file__).parent.glob("*.py")
+    families = {m.stem for m in modules if "\nCONFIGS" in m.read_text("utf-8")}
+
+    names = list_models()
+
+    assert {name.partition("-")[0] for name in names} == families
+    assert {"dytrack-base", "dytrack-tiny", "early_exit_vit-base"} < set(names)
 
 
 @pytest.mark.parametrize("name", ["resnet-50", "early_exit_vit-huge", "early_exit_vit", ""])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetrack.models.general_distribution import GeneralDistributionModel
+from edgetrack.models.one_stream import OneStreamModel
 from edgetrack.models.segmented import SegmentedModel, State
 from edgetrack.train.losses import distillation_loss, tracking_loss
 from edgetrack.train.objectives.objective import Objective
@@ -18,7 +19,14 @@ from edgetrack.train.objectives.objective import Objective
 if TYPE_CHECKING:
     from edgetrack.train.recipes import Recipe, Stage
 
-__all__ = ["FinalExit", "ShallowExits", "freeze_all_but_shallow_exits", "run_trunk", "task_loss"]
+__all__ = [
+    "FinalExit",
+    "FinalHead",
+    "ShallowExits",
+    "freeze_all_but_shallow_exits",
+    "run_trunk",
+    "task_loss",
+]
 
 
 class FinalExit(Objective):
@@ -45,6 +53,18 @@ class FinalExit(Objective):
         state = run_trunk(self.model, batch)
         last = self.model.num_exits - 1
         return task_loss(self.model, last, self.model.exit_logits(last, state), batch, self.recipe)
+
+
+class FinalHead(FinalExit):
+    """Task loss of the final head on a frozen trunk, such as a published one."""
+
+    def prepare(self) -> None:
+        """Only the final head learns; the trunk keeps its bits."""
+        self.model.eval().requires_grad_(False)
+        self.model.exits[-1].train().requires_grad_(True)
+
+    def before_step(self, share: float, stage: "Stage") -> None:
+        """A stem stays frozen, like the rest of the trunk."""
 
 
 class ShallowExits(Objective):
@@ -101,7 +121,9 @@ def freeze_all_but_shallow_exits(model: GeneralDistributionModel) -> list[nn.Par
     return list(shallow.train().requires_grad_(True).parameters())
 
 
-def run_trunk(model: GeneralDistributionModel, batch: Mapping[str, Tensor]) -> State:
+def run_trunk(
+    model: GeneralDistributionModel | OneStreamModel, batch: Mapping[str, Tensor]
+) -> State:
     """All that the trunk writes for a batch of pairs."""
     state = model.embed_template(batch["template"], batch["template_bbox_cxcywh"])
     state["search_region"] = batch["search_region"]

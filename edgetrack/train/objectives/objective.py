@@ -1,7 +1,7 @@
 """What one stage of a family's training minimises, and which parameters learn in it."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,7 +23,12 @@ class Objective(nn.Module):
 
     Raises:
         ValueError: The stage cannot train this model, or lacks its teacher.
+
+    Attributes:
+        reads_teacher_crops: Whether pairs are to come at the sizes of the teacher's crops.
     """
+
+    reads_teacher_crops: ClassVar[bool] = False
 
     def __init__(
         self, model: SegmentedModel, recipe: "Recipe", teacher: SegmentedModel | None = None

@@ -1,0 +1,276 @@
+"""``edgetrack prune``: from one bundle to narrower ones."""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgetrack.cli.author import author_side
+from edgetrack.cli.options import (
+    BackendOption,
+    JsonOption,
+    ThreadsOption,
+    check_choices,
+    milliseconds,
+    print_json,
+    print_table,
+    progress_bar,
+)
+from edgetrack.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from edgetrack.bundle import Bundle
+    from edgetrack.train.loop import Progress
+    from edgetrack.train.prune import Pruned
+    from edgetrack.train.prune_run import PruneData
+
+__all__ = ["prune"]
+
+_TIMED_FRAMES, _WARM_UP = 40, 10
+
+
+def prune(
+    source: Annotated[Path, typer.Argument(help="Bundle with weights, or folder of a run")],
+    budget: Annotated[
+        str | None, typer.Option(help="Shares of the units to keep, a bundle each: 0.75,0.5,0.25")
+    ] = None,
+    target_ms: Annotated[
+        float | None,
+        typer.Option(help="Find the budget whose full-depth update takes this long, by timing it"),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the bundles and runs")] = Path(
+        "runs/pruned"
+    ),
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Search and fine-tune on this, as for edgetrack train; repeat [default: rate by "
+            "weights, no training]"
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Pairs of the search, and of each fine-tuning")
+    ] = 8_000,
+    parts: Annotated[
+        str, typer.Option(help="What shrinks: some of trunk, head and stem")
+    ] = "trunk,head,stem",
+    heads: Annotated[
+        str,
+        typer.Option(help="uniform: heads of a layer keep as many; free: empty heads may go"),
+    ] = "uniform",
+    multiple: Annotated[
+        int, typer.Option(min=1, help="Round kept numbers up to a multiple of this")
+    ] = 8,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Choose operating points anew, on this folder of labelled sequences"),
+    ] = None,
+    backend: BackendOption = "auto",
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Cut units out of a model until a share of them is left, and write a bundle for each share.
+
+    Example: edgetrack prune my_bundle --budget 0.5,0.25 --data data/train
+    """
+    check_choices(backend, None)
+    budgets = _budgets(budget, target_ms)
+    with author_side():
+        from edgetrack.train.prune import PARTS, Rounding
+        from edgetrack.train.prune import prune as cut
+        from edgetrack.train.prune_run import budget_for, open_dense, rate_units
+
+    chosen = tuple(parts.split(","))
+    if unknown := sorted(set(chosen) - set(PARTS)):
+        raise typer.BadParameter(
+            f"expected some of {', '.join(PARTS)}, got {', '.join(unknown)}", param_hint="--parts"
+        )
+    try:
+        rounding = Rounding(heads=heads, multiple=multiple)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--heads") from error
+    training = _data(data or [], samples)
+    with progress_bar(is_shown=not json) as bar:
+        report = _Report(bar)
+        dense, model = open_dense(source, output)
+        scores = rate_units(dense, model, output, data=training, on_progress=report.of("search"))
+        job = _Job(
+            dense=dense,
+            cut_to=lambda share: cut(model, scores, share, rounding=rounding, parts=chosen),
+            measure_ms=lambda bundle: _full_depth_ms(bundle, backend, threads),
+            data=training,
+            output=output,
+            report=report,
+        )
+        if target_ms is not None:
+            budgets = [budget_for(target_ms, job.time_of)[0]]
+        bundles = [job.bundle_of(share) for share in budgets]
+        if calibrate is not None:
+            bundles = [_calibrated(bundle, calibrate) for bundle in bundles]
+        report.say("timing")
+        rows = [_row(bundle, job.measure_ms(bundle)) for bundle in (dense, *bundles)]
+        rows[0]["parameters"] = sum(p.numel() for p in model.parameters())
+    if json:
+        print_json(rows)
+        return
+    title = f"{dense.name} pruned" + ("" if training else ", rated by weights, not fine-tuned")
+    columns = ("bundle", "units", "parameters", "MACs", "ms at full depth")
+    print_table(title, columns, [_cells(row) for row in rows])
+    for row in (row for row in rows if row["floored"]):
+        typer.echo(
+            f"{row['bundle']}: {row['floored']} layers, which the budget empties, keep one unit"
+        )
+    if calibrate is None and dense.num_exits > 1:
+        typer.echo("thresholds are the dense bundle's: --calibrate SEQUENCES chooses them anew")
+    typer.echo(f"next: edgetrack build {bundles[-1].path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is the same for every budget."""
+
+    dense: "Bundle"
+    cut_to: Callable[[float], "Pruned"]
+    measure_ms: Callable[["Bundle"], float]
+    data: "PruneData | None"
+    output: Path
+    report: "_Report"
+
+    def time_of(self, share: float) -> float:
+        """Milliseconds with a share of the units; training does not change them."""
+        from edgetrack.train.prune_run import export_pruned
+
+        self.report.say(f"timing {share:.3f}")
+        pruned = self.cut_to(share)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "bundle"
+            return self.measure_ms(
+                export_pruned(self.dense, pruned.model, pruned, path, budget=share, samples=0)
+            )
+
+    def bundle_of(self, share: float) -> "Bundle":
+        """The bundle with a share of the units, fine-tuned if there is data."""
+        from edgetrack.train.prune_run import export_pruned, fine_tune
+
+        pruned, label = self.cut_to(share), f"tuned-{share:.3g}"
+        model = pruned.model
+        if self.data is not None:
+            show = self.report.of(label)
+            model = fine_tune(
+                self.dense, pruned, self.output, label=label, data=self.data, on_progress=show
+            )
+        self.report.say(f"exporting {share:.3g}")
+        return export_pruned(
+            self.dense,
+            model,
+            pruned,
+            self.output / f"{self.dense.name}-{share:.3g}",
+            budget=share,
+            samples=0 if self.data is None else self.data.samples,
+        )
+
+
+def _budgets(text: str | None, target_ms: float | None) -> list[float]:
+    from edgetrack.train.prune import check_budget
+
+    if (text is None) == (target_ms is None):
+        raise typer.BadParameter("expected it or --target-ms, one of the two",
+                                 param_hint="--budget")  # fmt: skip
+    if target_ms is not None and not target_ms > 0:
+        raise typer.BadParameter(f"expected above 0, got {target_ms:g}", param_hint="--target-ms")
+    try:
+        return [] if text is None else [check_budget(float(part)) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected shares above 0 and up to 1 such as 0.5,0.25, got {text!r}: {error}",
+            param_hint="--budget",
+        ) from error
+
+
+def _data(texts: list[str], samples: int) -> "PruneData | None":
+    if not texts:
+        return None
+    from edgetrack.data.layouts import FOLDER, parse_source
+    from edgetrack.train.prune_run import PruneData
+
+    sources = [parse_source(text) for text in texts]
+    for name, root in sources:
+        if not root.is_dir():
+            kind = "training folder" if name == FOLDER else f"folder of {name} data"
+            raise DataError(f"{root}: expected a {kind}, got none; check --data")
+    return PruneData(sources=sources, search_samples=samples, samples=samples)
+
+
+def _calibrated(bundle: "Bundle", folder: Path) -> "Bundle":
+    from edgetrack.data.sequences import read_sequences
+    from edgetrack.evaluate.exits import calibrate_exits
+
+    return calibrate_exits(bundle, list(read_sequences(folder)))
+
+
+class _Report:
+    """What the progress bar says."""
+
+    def __init__(self, bar: "Bar") -> None:
+        self.bar, self.task = bar, bar.add_task("opening", total=None)
+
+    def say(self, text: str) -> None:
+        self.bar.update(self.task, description=text, total=None)
+
+    def of(self, label: str) -> Callable[["Progress"], None]:
+        def show(progress: "Progress") -> None:
+            self.bar.update(
+                self.task,
+                description=f"{label}  loss {progress.terms['loss']:.3f}",
+                completed=progress.step,
+                total=progress.num_steps,
+            )
+
+        return show
+
+
+def _full_depth_ms(bundle: "Bundle", backend: str, threads: int | None) -> float:
+    """Median time of an update that runs every segment, on a rendered clip, as it is built."""
+    from edgetrack.build import build
+    from edgetrack.data.synthetic import render_clip
+    from edgetrack.runtime.policies import ExitPolicy
+    from edgetrack.tracker import Tracker
+
+    clip = list(render_clip(num_frames=_WARM_UP + _TIMED_FRAMES, seed=0))
+    policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
+    with tempfile.TemporaryDirectory() as engines:
+        build(bundle, backend=backend, output=engines)
+        with Tracker(
+            bundle, backend=backend, engines=engines, exit_policy=policy, num_threads=threads
+        ) as tracker:
+            tracker.init(clip[0][0], clip[0][1].tolist())
+            times = [tracker.update(frame).latency_ms for frame, _ in clip[1:]]
+    return statistics.median(times[_WARM_UP:])
+
+
+def _row(bundle: "Bundle", full_depth_ms: float) -> dict[str, Any]:
+    pruning = bundle.provenance.get("pruning", {})
+    return {
+        "bundle": bundle.path.name,
+        "share_of_units": pruning.get("share_of_units", 1.0),
+        "floored": len(pruning.get("floored", ())),
+        "parameters": pruning.get("parameters"),
+        "macs": sum(graph.macs for graph in bundle.segments),
+        "full_depth_ms": full_depth_ms,
+    }
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["bundle"],
+        f"{row['share_of_units']:.1%}",
+        f"{row['parameters'] / 1e6:.2f} M",
+        f"{row['macs'] / 1e6:.0f} M",
+        milliseconds(row["full_depth_ms"]),
+    )

@@ -1,0 +1,82 @@
+"""``edgetrack export --exits --retention``: trackers of other depths from one training."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import edgetrack
+from small_fartrack import FARTRACK_PATCH
+from small_models import PATCH
+
+from edgetrack.bundle import Bundle
+from edgetrack.models.registry import load_model
+from edgetrack.train.checkpoints import write_checkpoint
+from edgetrack.train.recipes import Recipe, Stage
+
+
+def write_run(folder: Path, *, model: str, config: Mapping[str, Any]) -> Path:
+    """A run as training leaves it, of a small model with random weights."""
+    stage = Stage(objective="final_exit", samples=8)
+    recipe = Recipe(name="small", model=model, stages=(stage,), model_config=config)
+    described = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    torch.manual_seed(0)
+    weights = recipe.create_model().state_dict()
+    folder.mkdir()
+    content = {"recipe": described, "average": weights, "model": weights}
+    rest = dict.fromkeys(("stage", "step", "optimizer", "rng"))
+    write_checkpoint(folder, {**content, **rest})
+    (folder / "provenance.json").write_text(json.dumps({"recipe": described}), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "fartrack"
+    return write_run(folder, model="fartrack-micro", config=dataclasses.asdict(FARTRACK_PATCH))
+
+
+def test_a_depth_of_a_trained_fartrack_is_a_bundle(run: Path, tmp_path: Path) -> None:
+    done = edgetrack(
+        "export", run, "--output", "cut", "--exits", "3", "--retention", "0.5", cwd=tmp_path
+    )
+
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.load(tmp_path / "cut")
+    assert bundle.num_exits == 1
+    assert (bundle.config["exit_after"], bundle.config["retention"]) == ([3], 0.5)
+    assert len(load_model(bundle).backbone.blocks) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "hint", "message"),
+    [
+        (("--exits", "9"), "--exits", "expected a part of this model"),
+        (("--exits", "six"), "--exits", "invalid literal"),
+        (("--retention", "0"), "--retention", "expected more than 0, up to 1, got 0.0"),
+    ],
+)
+def test_what_a_model_has_not_is_refused(
+    run: Path, tmp_path: Path, options: tuple[str, str], hint: str, message: str
+) -> None:
+    done = edgetrack("export", run, "--output", "cut", *options, cwd=tmp_path)
+
+    assert done.returncode == 2
+    text = " ".join(done.stderr.replace("│", " ").split())
+    assert hint in text
+    assert message in text
+    assert not (tmp_path / "cut").exists()
+
+
+def test_other_families_cannot_be_cut(tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    write_run(folder, model="early_exit_vit-tiny", config=dataclasses.asdict(PATCH))
+
+    done = edgetrack("export", folder, "--output", "cut", "--retention", "0.5", cwd=tmp_path)
+
+    assert done.returncode == 2
+    text = " ".join(done.stderr.replace("│", " ").split())
+    assert "expected a trained fartrack, got early_exit_vit" in text

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from study import RESULTS, score, slug
+from study import RESULTS, score, slug, time_in_turns
 
 import edgetrack
 from edgetrack.bundle import Bundle
@@ -71,21 +71,6 @@ def macs_of(bundle: Bundle) -> dict[str, float]:
         "gmacs": sum(segment.macs for segment in bundle.segments) / 1e9,
         "update_gmacs": bundle.update.macs / 1e9,
     }
-
-
-def time_in_turns(bundles: dict[str, Bundle], *, num_updates: int, num_rounds: int) -> Any:
-    """Median ms of an update of each bundle; in every round each has its turn."""
-    frames = list(render_clip(num_frames=num_updates + 1))
-    times: dict[str, list[float]] = {name: [] for name in bundles}
-    for _ in range(num_rounds):
-        for name, bundle in bundles.items():
-            policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
-            with edgetrack.Tracker(
-                bundle, backend="onnxruntime", exit_policy=policy, num_threads=1
-            ) as tracker:
-                tracker.init(frames[0][0], frames[0][1].tolist())
-                times[name] += [tracker.update(frame).latency_ms for frame, _ in frames[1:]]
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def tables(args: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ After "On Designing Light-Weight Object Trackers Through Network Pruning: Use CN
 (arXiv 2211.13769). The hybrid is a bundle that is there already; CNN and transformer are trained
 here, from those of its weights that fit them: the CNN has its stem and correlation, the transformer
 its blocks. So dense models are not equals; the search and each fine-tuning are. Closed loop, always
-the last exit; times are of all segments on one thread, FP32 and INT8 in turn, all in one run at the
-end. What is done is not done again.
+the last exit, all by the target rules of the hybrid; times are of all segments on one thread, FP32
+and INT8 in turn, all in one run at the end. What is done is not done again.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from edgetrack.quantize.calibrate import MIN_CROPS, calibrate
 from edgetrack.quantize.int8 import quantize_bundle
 from edgetrack.runtime.policies import ExitPolicy
 from edgetrack.runtime.recording import record_crops
+from edgetrack.runtime.target import TargetRules
 from edgetrack.train.prune import prune
 from edgetrack.train.prune_run import PruneData, export_pruned, fine_tune, rate_units
 from edgetrack.train.recipes import CALIBRATION_CLIPS, Recipe, Stage
@@ -98,10 +99,11 @@ def prune_all(name: str, args: argparse.Namespace) -> None:
         tuned = fine_tune(
             dense, pruned, folder, label=f"tuned-{budget:g}", data=data, on_progress=show
         )
-        export_pruned(dense, tuned, pruned, output, budget=budget, samples=args.tune)
         authors = prune(model, scores, budget, parts=("trunk",)).model
         sizes = {"parameters": num_parameters(authors), "macs": segment_macs(authors)}
         (folder / f"trunk-{budget:g}.json").write_text(json.dumps(sizes), "utf-8")
+        # Last: its manifest says that this budget is done.
+        export_pruned(dense, tuned, pruned, output, budget=budget, samples=args.tune)
 
 
 def num_parameters(model: SegmentedModel) -> int:
@@ -185,9 +187,11 @@ def report(args: argparse.Namespace) -> None:
         for budget, bundle in bundles_of(name, args).items()
     ]
     rows = [row_of(*found, args) for found in bundles]
+    # The other two are exported without rules: with their own, those would be compared too.
+    rules = TargetRules.of(Bundle.load(args.bundle).rules)
     for row, (name, budget, bundle) in zip(rows, bundles, strict=True):
         policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
-        aucs = [r.metrics.success_auc for r in score(bundle, policy, sequences)]
+        aucs = [r.metrics.success_auc for r in score(bundle, policy, sequences, rules=rules)]
         row |= {"auc": float(np.mean(aucs)), "auc_per_sequence": aucs}
         print(f"{name:12s} {budget or 'dense'!s:5s} AUC {row['auc']:.3f}", flush=True)
     for row, (_, _, bundle) in zip(rows, bundles, strict=True):
@@ -197,9 +201,11 @@ def report(args: argparse.Namespace) -> None:
 
 def write(rows: list[dict[str, Any]], sequences: list[str], args: argparse.Namespace) -> None:
     """The results as JSON, plot and table."""
+    hybrid = Bundle.load(args.bundle)
     content = {
         "samples": {"dense": args.samples, "search": args.search, "fine_tuning": args.tune},
-        "hybrid": Bundle.load(args.bundle).digest,
+        "hybrid": hybrid.digest,
+        "rules": dict(hybrid.rules),
         "cpus": os.cpu_count(),
         "sequences": sequences,
         "rows": rows,

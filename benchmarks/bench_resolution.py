@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import RESULTS, score, slug, train_and_export
+from study import RESULTS, score, slug, time_in_turns, train_and_export
 
 from edgetrack.bundle import Bundle
 from edgetrack.data.layouts import parse_source
@@ -38,6 +38,9 @@ from edgetrack.viz import plot_curves
 
 # Student → factors on the weights of QKV-KD and Disc-KD.
 STUDENTS = {"both": (1, 1), "QKV-KD alone": (1, 0), "Disc-KD alone": (0, 1), "none": (0, 0)}
+
+
+_NUM_UPDATES, _NUM_ROUNDS = 30, 4
 
 
 def with_samples(recipe: Recipe, name: str, samples: int, **changes: Any) -> Recipe:
@@ -119,19 +122,20 @@ def ladder(args: argparse.Namespace) -> None:
     """Score and time, print, plot, write."""
     sequences = list(read_sequences(args.sequences))
     rules = TargetRules.of(Bundle.load(args.rules).rules)
+    loaded = {str(path): Bundle.load(path) for path in args.bundles}
+    ms = time_in_turns(loaded, num_updates=_NUM_UPDATES, num_rounds=_NUM_ROUNDS)
     rows = []
     for path in args.bundles:
-        bundle = Bundle.load(path)
+        bundle = loaded[str(path)]
         policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
         results = score(bundle, policy, sequences, rules=rules)
-        times = [r.latency_ms for s in results for r in s.rows if r.latency_ms is not None]
         row = {
             "bundle": path.parent.name if path.name == "bundle" else path.name,
             "search_size_px": bundle.crops.search_size_px,
             "auc": statistics.mean(r.metrics.success_auc for r in results),
             "precision_20px": statistics.mean(r.metrics.precision_20px for r in results),
-            "gmacs": sum(segment.macs for segment in bundle.segments) / 1e9,
-            "ms": statistics.median(times),
+            "gmacs": bundle.exit_macs[-1] / 1e9,
+            "ms": ms[str(path)],
             "pairs_seen": bundle.provenance.get("samples"),
         }
         rows.append(row)

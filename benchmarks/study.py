@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import edgetrack
 from edgetrack.bundle import Bundle
 from edgetrack.data.sequences import Sequence as LabelledSequence
+from edgetrack.data.synthetic import render_clip
 from edgetrack.evaluate.protocols import SequenceResult, evaluate_sequence
 from edgetrack.export import export_bundle
 from edgetrack.runtime.policies import ExitPolicy
@@ -92,6 +94,23 @@ def score(
     """Track every sequence in closed loop, on one thread; by the bundle's own rules or others."""
     with edgetrack.Tracker(bundle, exit_policy=policy, rules=rules, num_threads=1) as tracker:
         return [evaluate_sequence(tracker, sequence) for sequence in sequences]
+
+
+def time_in_turns(
+    bundles: dict[str, Bundle], *, num_updates: int, num_rounds: int
+) -> dict[str, float]:
+    """Median ms of an update of each bundle; in every round each has its turn."""
+    frames = list(render_clip(num_frames=num_updates + 1))
+    times: dict[str, list[float]] = {name: [] for name in bundles}
+    for _ in range(num_rounds):
+        for name, bundle in bundles.items():
+            policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
+            with edgetrack.Tracker(
+                bundle, backend="onnxruntime", exit_policy=policy, num_threads=1
+            ) as tracker:
+                tracker.init(frames[0][0], frames[0][1].tolist())
+                times[name] += [tracker.update(frame).latency_ms for frame, _ in frames[1:]]
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _is_of(folder: Path, recipe: Recipe) -> bool:

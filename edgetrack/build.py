@@ -5,8 +5,9 @@ hash over all of it with the bundle's graphs, the device and the options. What h
 up to date; a new ONNX Runtime, another GPU or another bundle has another key and another folder.
 
 INT8 is measured against float on this device before it is kept (see ``gate``), so such a build
-makes both sets of engines, and may take graphs of the float one. Another calibration cache or other
-operating points make it out of date.
+makes both sets of engines, and may take graphs of the float one. Another calibration cache, other
+operating points or other clips to compare on make it out of date; so does a device to measure on,
+where there was none.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgetrack.backends import get_backend
 from edgetrack.backends.engine import Backend, BuiltGraph, EngineKey, EngineSet, find_engines
 from edgetrack.bundle import Bundle, sha256_of, whole_folder
-from edgetrack.errors import CalibrationError, EngineBuildError, EngineMismatchError
+from edgetrack.errors import CalibrationError, EngineBuildError, EngineError
 
 if TYPE_CHECKING:
     from edgetrack.data.target_clips import TargetClip
@@ -93,7 +94,10 @@ def build(
 
     For INT8 the float engines are built as well, and both are compared on this device (see
     ``gate``): a graph that is not faster in INT8, or does harm, stays in float, and thresholds are
-    fitted to what was chosen. Where the engines do not run here, all graphs stay in INT8.
+    fitted to what was chosen. The template graph runs once per target and is not timed. Of a bundle
+    with an update graph, what writes its state stays in float, since frames are compared one by
+    one. Where the engines do not run here, nothing is timed and all other graphs stay in INT8,
+    until a build finds that they run.
 
     An interrupted or killed build leaves what was there before it.
 
@@ -109,8 +113,9 @@ def build(
             the comparison is on clips that are rendered.
         is_strict: For INT8, keep it in all graphs, whatever the comparison says.
         output: The folder that holds engine folders.
-        force: Compile even what is up to date.
-        on_progress: Called as the build goes on; never called if all is up to date.
+        force: Compile even what is up to date, for INT8 the float engines too.
+        on_progress: Called as the build goes on; if all is up to date, only for what is done with
+            ``calibration_clips`` before that is known.
 
     Raises:
         ValueError: The backend has no such precision; the message says why. Or an argument for
@@ -118,6 +123,7 @@ def build(
         BackendUnavailableError: The backend is unknown or not installed, or finds no GPU.
         BundleError: The bundle cannot be read.
         EngineBuildError: The compiler refused a graph, or memory or room in ``output`` ran out.
+        DeviceError: For INT8, the GPU failed or was too full to measure on; build again.
         CalibrationError: For INT8 there is no cache of this bundle, or it does not fit; or the
             clips cannot be calibrated on.
         SourceError: A clip cannot be read.
@@ -137,19 +143,21 @@ def build(
             f"precision: expected 'int8' with is_strict or calibration_clips, got {precision!r}"
         )
     root = Path(output)
-    if not force and (found := _up_to_date(source, root, key)):
+    if not force and (found := _up_to_date(source, compiler, root, key)):
         return found
     source.verify()
     needed_bytes = _needed_bytes(source, num_sets=1 if int8 is None else 2)
     with _explained(root, needed_bytes), _alone_in(root):
-        if not force and (found := _up_to_date(source, root, key)):  # by a build that we waited for
+        if not force and (
+            found := _up_to_date(source, compiler, root, key)
+        ):  # by a build that we waited for
             return found
         _remove_dead_builds(root)
         if shutil.disk_usage(root).free < needed_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if int8 is None:
             return _build_float(source, compiler, key, root, on_progress)
-        return _build_int8(source, compiler, key, root, int8, on_progress)
+        return _build_int8(source, compiler, key, root, int8, force, on_progress)
 
 
 def _prepare_int8(
@@ -194,15 +202,36 @@ def _quantization(bundle: Bundle, int8: _Int8) -> Mapping[str, Any]:
         "is_strict": int8.is_strict,
         "criterion": bundle.criterion,
         "operating_points": {name: list(t) for name, t in bundle.operating_points.items()},
+        "evidence": None if int8.evidence is None else int8.evidence.source,
     }
 
 
-def _up_to_date(bundle: Bundle, root: Path, key: EngineKey) -> EngineSet | None:
-    """Engines with this key; changed or damaged ones count as none, so they are built again."""
+def _up_to_date(bundle: Bundle, backend: Backend, root: Path, key: EngineKey) -> EngineSet | None:
+    """Engines with this key; changed or damaged ones count as none, so they are built again.
+
+    So do those that were not measured for want of a device that is there now.
+    """
+    names = [graph.name for graph in bundle.graphs]
     try:
-        return find_engines(root, key, graphs=[graph.name for graph in bundle.graphs])
-    except EngineMismatchError:
+        found = find_engines(root, dataclasses.replace(key, quantization=None), graphs=names)
+        if found is None or not _stands_on(found.key.quantization, key.quantization):
+            return None
+        if found.gate.get("not_measured"):
+            from edgetrack.gate.settle import why_not_here
+
+            return found if why_not_here(bundle, backend, found) else None
+    except EngineError:
         return None
+    return found
+
+
+def _stands_on(built: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None) -> bool:
+    """Whether engines were quantised as wanted; without clips, judged on whatever it was."""
+    if not isinstance(built, dict) or wanted is None:
+        return built == wanted
+    if wanted["evidence"] is None:
+        built = {**built, "evidence": None}
+    return built == wanted
 
 
 def _needed_bytes(bundle: Bundle, *, num_sets: int) -> int:
@@ -270,6 +299,7 @@ def _build_int8(
     key: EngineKey,
     root: Path,
     int8: _Int8,
+    force: bool,
     on_progress: OnProgress | None,
 ) -> EngineSet:
     # Needs OpenCV, and NumPy and onnx, which a build that is up to date does not.
@@ -279,7 +309,7 @@ def _build_int8(
     def build_floats() -> EngineSet:
         precision = backend.precisions[0]
         float_key = dataclasses.replace(key, precision=precision, quantization=None)
-        found = _up_to_date(bundle, root, float_key)
+        found = None if force else _up_to_date(bundle, backend, root, float_key)
         return found or _build_float(bundle, backend, float_key, root, on_progress)
 
     target = root / key.folder_name

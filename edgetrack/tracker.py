@@ -16,7 +16,6 @@ from edgetrack.boxes import as_bbox_xywh
 from edgetrack.bundle import Bundle
 from edgetrack.errors import (
     BundleFormatError,
-    EngineMismatchError,
     EngineNotFoundError,
     FrameSizeError,
     TrackerStateError,
@@ -297,19 +296,11 @@ class _Loader:
         """The policy of an operating point with the thresholds that these engines need for it.
 
         Raises:
-            EngineMismatchError: They were fitted to other thresholds than the bundle now has.
+            EngineMismatchError: They were fitted to other ones than the bundle now has.
         """
-        if self._built is None or not self._built.operating_points:
+        if self._built is None:
             return policy
-        name = self.bundle.operating_point if operating_point is None else operating_point
-        points = (self._built.key.quantization or {}).get("operating_points", {})
-        if points.get(name) != list(policy.thresholds):
-            raise EngineMismatchError(
-                f"{self._built.path}: expected engines for the thresholds "
-                f"{list(policy.thresholds)} of {name!r}, got those for {points.get(name)}; run: "
-                "edgetrack build --precision int8"
-            )
-        return ExitPolicy(self._built.operating_points[name], policy.criterion)
+        return ExitPolicy(self._built.thresholds(self.bundle, operating_point), policy.criterion)
 
     def __call__(self, opened: contextlib.ExitStack) -> list[Engine | DeviceEngine]:
         """All engines; each is entered into ``opened``, so that one that fails frees the others."""

@@ -1,23 +1,26 @@
 """INT8 builds end to end: calibrated, gated, out of date when what they stand on changes."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_bundle import write_toy_bundle
 
 from edgetrack.backends.engine import EngineSet
+from edgetrack.backends.ort import OnnxRuntimeBackend
 from edgetrack.build import BuildProgress, build
-from edgetrack.bundle import Bundle, sha256_of
+from edgetrack.bundle import Bundle, GraphSpec, sha256_of
 from edgetrack.data.target_clips import TargetClip, render_target_clips
-from edgetrack.errors import CalibrationError, EngineMismatchError
+from edgetrack.errors import CalibrationError, DeviceError, EngineMismatchError
 from edgetrack.quantize.cache import CalibrationCache, load_cache
 from edgetrack.runtime.policies import ExitPolicy
 from edgetrack.tracker import Tracker
@@ -35,6 +38,13 @@ clips = render_target_clips(num_clips=2, num_frames=8, first_seed=0)
 build(sys.argv[1], backend="onnxruntime", precision="int8", output=sys.argv[2],
       calibration=sys.argv[3], calibration_clips=clips, on_progress=stop)
 """
+
+
+class Absent(OnnxRuntimeBackend):
+    """A backend that builds for a device which is not here."""
+
+    def load(self, engine_path: Path, graph: GraphSpec) -> Any:
+        raise DeviceError("CUDA: expected a device, got none; plug one in")
 
 
 @pytest.fixture
@@ -75,13 +85,16 @@ def absurd_cache(shipped_bundle: Bundle, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-def phases_of_a_build(bundle: Bundle, output: Path, calibration: Path) -> list[str]:
+def phases_of_a_build(
+    bundle: Bundle, output: Path, calibration: Path, clips: Sequence[TargetClip] = ()
+) -> list[str]:
     phases: list[str] = []
     build(
         bundle,
         backend="onnxruntime",
         precision="int8",
         calibration=calibration,
+        calibration_clips=clips,
         output=output,
         on_progress=lambda progress: phases.append(progress.phase),
     )
@@ -150,7 +163,9 @@ def test_the_tracker_refuses_thresholds_that_were_fitted_to_others(
     moved = {**shipped_bundle.operating_points, "balanced": (0.3, 0.31)}
     bundle = dataclasses.replace(shipped_bundle, operating_points=moved)
 
-    with pytest.raises(EngineMismatchError, match=r"\[0\.3, 0\.31\] of 'balanced', got .*build"):
+    with pytest.raises(
+        EngineMismatchError, match=r"\[0\.3, 0\.31\] on entropy of 'balanced', got .*build"
+    ):
         open_int8(bundle, gated.path.parent)
     open_int8(bundle, gated.path.parent, operating_point="fast").close()
 
@@ -227,7 +242,7 @@ def test_clips_of_ones_own_are_calibrated_on_and_compared_on(
     assert phases_of_a_build(toy, tmp_path / "e", tmp_path / "caches") == []
 
 
-def test_heads_and_the_update_are_gated_too(
+def test_heads_are_gated_and_what_carries_state_stays_in_float(
     toy_with_memory: Bundle, clips: list[TargetClip], tmp_path: Path
 ) -> None:
     engines = build(
@@ -241,8 +256,88 @@ def test_heads_and_the_update_are_gated_too(
 
     assert list(engines.gate["graphs"]) == [graph.name for graph in toy_with_memory.graphs]
     assert engines.gate["agreement"]["box_iou"] == pytest.approx([1, 1, 1], abs=0.01)
-    assert engines.gate["graphs"]["head_2"]["float_ms"] > 0
+    graphs = engines.gate["graphs"]
+    for k in range(3):
+        assert graphs[f"head_{k}"]["float_ms"] > 0
+        assert graphs[f"head_{k}"]["int8_ms"] > 0
+        assert graphs[f"head_{k}"]["box_iou"] == pytest.approx(1, abs=0.01)
+        assert graphs[f"segment_{k}"]["box_iou"] is None
+    for name in ("template", "update"):
+        assert engines.graphs[name].precision == "fp32"
+        assert graphs[name]["reason"] == "what it carries from frame to frame is not compared"
     open_int8(toy_with_memory, tmp_path / "e").close()
+
+
+def test_engines_that_were_not_measured_are_measured_once_a_device_is_there(
+    toy_with_memory: Bundle,
+    clips: list[TargetClip],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caches, output = tmp_path / "caches", tmp_path / "e"
+    with monkeypatch.context() as absent:
+        module = importlib.import_module("edgetrack.build")
+        absent.setattr(module, "get_backend", lambda name, *, device: Absent())
+        assert phases_of_a_build(toy_with_memory, output, caches, clips) != []
+        assert phases_of_a_build(toy_with_memory, output, caches) == []
+    (folder,) = output.glob("*-int8-*")
+    blind = EngineSet.read(folder)
+
+    assert "timing" in phases_of_a_build(toy_with_memory, output, caches)
+    assert phases_of_a_build(toy_with_memory, output, caches) == []
+
+    assert blind.gate["not_measured"].startswith("CUDA: expected a device")
+    in_float = {n for n, graph in blind.graphs.items() if graph.precision == "fp32"}
+    assert in_float == {"template", "update"}, "what they carry is not compared"
+    assert blind.gate["graphs"]["update"]["float_bytes"] == blind.graphs["update"].size_bytes
+    assert EngineSet.read(folder).gate["not_measured"] == ""
+    strict = build(
+        toy_with_memory,
+        backend="onnxruntime",
+        precision="int8",
+        calibration=caches,
+        is_strict=True,
+        output=output,
+    )
+    assert {graph.precision for graph in strict.graphs.values()} == {"int8"}
+
+
+def test_clips_that_were_not_compared_on_make_engines_out_of_date(
+    toy: Bundle, clips: list[TargetClip], tmp_path: Path
+) -> None:
+    caches, output = tmp_path / "caches", tmp_path / "e"
+    phases_of_a_build(toy, tmp_path / "elsewhere", caches, clips)
+    assert "rendering" in phases_of_a_build(toy, output, caches)
+
+    assert "timing" in phases_of_a_build(toy, output, caches, clips)
+
+    again = phases_of_a_build(toy, output, caches, clips)
+    assert set(again) == {"tracking to calibrate", "calibrating"}
+    assert phases_of_a_build(toy, output, caches) == []
+
+
+def test_force_builds_the_float_engines_as_well(
+    toy: Bundle, clips: list[TargetClip], tmp_path: Path
+) -> None:
+    started: list[str] = []
+
+    def note(progress: BuildProgress) -> None:
+        if progress.phase == "starting":
+            started.append(progress.graph)
+
+    for _ in range(2):
+        build(
+            toy,
+            backend="onnxruntime",
+            precision="int8",
+            calibration=tmp_path / "caches",
+            calibration_clips=clips,
+            output=tmp_path / "e",
+            force=True,
+            on_progress=note,
+        )
+
+    assert sorted(started) == sorted(4 * [graph.name for graph in toy.graphs])
 
 
 def test_another_cache_other_thresholds_or_strictness_are_out_of_date(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from edgetrack.bundle import GraphSpec, sha256_of
+from edgetrack.bundle import Bundle, GraphSpec, sha256_of
 from edgetrack.errors import EngineMismatchError, EngineNotFoundError
 
 if TYPE_CHECKING:
@@ -255,6 +255,33 @@ class EngineSet:
             "gate": self.gate,
         }
         (self.path / SIDECAR_NAME).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+    def thresholds(self, bundle: Bundle, operating_point: str | None = None) -> tuple[float, ...]:
+        """Thresholds of an operating point for these engines: fitted ones, or the bundle's own.
+
+        Args:
+            bundle: What the engines were built from.
+            operating_point: Its name; ``None`` is the bundle's default.
+
+        Raises:
+            EngineMismatchError: They were fitted to another criterion or other thresholds than the
+                bundle now has.
+            ValueError: The bundle has no such operating point.
+        """
+        own = bundle.thresholds(operating_point)
+        if not self.operating_points:
+            return own
+        name = bundle.operating_point if operating_point is None else operating_point
+        source = self.key.quantization or {}
+        now = bundle.criterion, list(own)
+        then = source.get("criterion"), source.get("operating_points", {}).get(name)
+        if now != then or name not in self.operating_points:
+            raise EngineMismatchError(
+                f"{self.path}: expected engines for the thresholds {now[1]} on {now[0]} of "
+                f"{name!r}, got those for {then[1]} on {then[0]}; run: "
+                "edgetrack build --precision int8"
+            )
+        return self.operating_points[name]
 
     def verify(self, expected: EngineKey) -> None:
         """Refuse engines that were built for something else, or changed since.

@@ -97,6 +97,7 @@ def _outputs(*graphs: GraphSpec) -> dict[str, TensorSpec]:
 def _answer_problems(bundle: "Bundle") -> Iterator[str]:
     """The answer is one buffer for all exits, so all must agree on it."""
     box, *decision = ANSWERS
+    in_segments = {t.name for g in bundle.segments for t in (*g.inputs, *g.outputs)}
     for graph in (*bundle.segments, *bundle.heads):
         outputs, is_head = _outputs(graph), graph in bundle.heads
         expected = [box] if is_head else decision if bundle.heads else [box, *decision]
@@ -105,6 +106,8 @@ def _answer_problems(bundle: "Bundle") -> Iterator[str]:
                 yield f"{graph.name}: expected output {spec}, got {outputs.get(spec.name)}"
         if is_head and (extra := [s.name for s in decision if s.name in outputs]):
             yield f"{graph.name}: expected what the exit decides by of its segment, got {extra}"
+        if is_head and (shared := sorted(outputs.keys() & in_segments - {box.name})):
+            yield f"{graph.name}: expected outputs that no segment reads or writes, got {shared}"
 
 
 def _carried_problems(bundle: "Bundle") -> Iterator[str]:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["author_side", "export", "train"]
 
 _RESEARCH_LICENCE = "research data: research use"
-# What helps on the development set (see benchmarks/results/rules-*.json).
-DEFAULT_RULES = "unsure_score=0.4,patience=3,search_growth=1.4,lost_after=10,found_score=0.6"
 
 
 def train(
@@ -120,9 +118,14 @@ def train(
                 total=progress.num_steps,
             )
 
+        def show_start(num_loaded: int, num_all: int) -> None:
+            rest = ", the others are new" if num_loaded < num_all else ""
+            typer.echo(f"{num_loaded} of {num_all} tensors start from {start}{rest}")
+
+        next_steps = []
         for folder, one in runs.items():
             try:
-                run_recipe(
+                model = run_recipe(
                     one,
                     sources,
                     folder,
@@ -132,16 +135,19 @@ def train(
                     pseudo_tracks=pseudo_tracks,
                     is_compiled=is_compiled,
                     on_reading=show_reading,
+                    on_start=show_start,
                     on_progress=show,
                 )
             except KeyboardInterrupt:
                 typer.echo(f"interrupted: kept in {folder}; the same command goes on", err=True)
                 raise typer.Exit(130) from None
-    for folder in runs if is_first else ():
-        typer.echo(
-            f"trained: {folder}; next: edgetrack export {folder} --output my_bundle "
-            "--calibrate DATA"
-        )
+            option = " --calibrate DATA" if model.num_exits > 1 else ""
+            next_steps.append(
+                f"trained: {folder}; next: edgetrack export {folder} --output "
+                f"{folder.resolve().name}_bundle{option}"
+            )
+    for line in next_steps if is_first else ():
+        typer.echo(line)
 
 
 def export(
@@ -163,8 +169,12 @@ def export(
         str, typer.Option(help="What thresholds are compared with: entropy, score or combined")
     ] = "entropy",
     rules: Annotated[
-        str, typer.Option(help="How answers become the target's state: name=number,...")
-    ] = DEFAULT_RULES,
+        str | None,
+        typer.Option(
+            help="How answers become the target's state: name=number,... or nothing, '' "
+            "[default: what was tuned on the model's scores, if anything]"
+        ),
+    ] = None,
     evaluate: Annotated[
         Path | None,
         typer.Option(help="Sequences to score every exit and operating point on, for the manifest"),
@@ -194,7 +204,7 @@ def export(
         from edgetrack.train.run import read_provenance
 
     check_criterion(criterion)
-    target_rules = parse_rules(rules)
+    target_rules = None if rules is None else parse_rules(rules)
     model = _cut(load_trained(run), exits=exits, retention=retention)
     provenance = read_provenance(run)
     points = dict(_parse_point(p) for p in point or ())
@@ -225,7 +235,7 @@ def export(
             provenance=provenance,
             licence=licence,
             criterion=criterion,
-            rules=target_rules,
+            rules=model.rules if target_rules is None else target_rules,
         )
         if sequences:
             bar.update(task, description="calibrating")

@@ -159,8 +159,7 @@ def _runner(
         )
     runner = open_runner(bundle, backend, engines=engines)
     opened.callback(runner.close)
-    fitted = {} if engines is None else engines.operating_points
-    thresholds = fitted.get(bundle.operating_point, bundle.thresholds())
+    thresholds = bundle.thresholds() if engines is None else engines.thresholds(bundle)
     return runner, ExitPolicy(thresholds, bundle.criterion)
 
 

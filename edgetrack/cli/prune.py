@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from edgetrack.bundle import Bundle
+    from edgetrack.data.sequences import Sequence
     from edgetrack.train.loop import Progress
     from edgetrack.train.prune import Pruned
     from edgetrack.train.prune_run import PruneData
@@ -81,6 +82,8 @@ def prune(
     """
     check_choices(backend, None)
     budgets = _budgets(budget, target_ms)
+    from edgetrack.evaluate.exits import calibrate_exits
+
     with author_side():
         from edgetrack.train.prune import PARTS, Rounding
         from edgetrack.train.prune import prune as cut
@@ -99,6 +102,7 @@ def prune(
     with progress_bar(is_shown=not json) as bar:
         report = _Report(bar)
         dense, model = open_dense(source, output)
+        sequences = _calibration_sequences(calibrate, dense)
         scores = rate_units(dense, model, output, data=training, on_progress=report.of("search"))
         job = _Job(
             dense=dense,
@@ -111,8 +115,9 @@ def prune(
         if target_ms is not None:
             budgets = [budget_for(target_ms, job.time_of)[0]]
         bundles = [job.bundle_of(share) for share in budgets]
-        if calibrate is not None:
-            bundles = [_calibrated(bundle, calibrate) for bundle in bundles]
+        if sequences:
+            report.say("calibrating")
+            bundles = [calibrate_exits(bundle, sequences) for bundle in bundles]
         report.say("timing")
         rows = [_row(bundle, job.measure_ms(bundle)) for bundle in (dense, *bundles)]
         rows[0]["parameters"] = sum(p.numel() for p in model.parameters())
@@ -207,11 +212,18 @@ def _data(texts: list[str], samples: int) -> "PruneData | None":
     return PruneData(sources=sources, search_samples=samples, samples=samples)
 
 
-def _calibrated(bundle: "Bundle", folder: Path) -> "Bundle":
+def _calibration_sequences(folder: Path | None, dense: "Bundle") -> "list[Sequence]":
+    """What --calibrate names: checked before anything is trained."""
     from edgetrack.data.sequences import read_sequences
-    from edgetrack.evaluate.exits import calibrate_exits
 
-    return calibrate_exits(bundle, list(read_sequences(folder)))
+    if folder is None:
+        return []
+    if dense.num_exits == 1:
+        raise typer.BadParameter(
+            "expected a model with exits to choose between, got one exit; leave it out",
+            param_hint="--calibrate",
+        )
+    return read_sequences(folder)
 
 
 class _Report:

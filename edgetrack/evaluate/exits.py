@@ -221,7 +221,8 @@ def calibrate_exits(bundle: Bundle, sequences: Sequence[TrackingSequence]) -> Bu
 
     Returns:
         The bundle with ``accurate``, ``balanced`` and ``fast``, or with the presets that it already
-        names, and in its provenance on what they were chosen.
+        names, and in its provenance on what they were chosen. Its default stays, unless no new
+        point has that name; then it is ``balanced``.
 
     Raises:
         ValueError: No frame after a first one has truth.
@@ -244,7 +245,10 @@ def calibrate_exits(bundle: Bundle, sequences: Sequence[TrackingSequence]) -> Bu
         "shares": {name: share.round(3).tolist() for name, share in shares.items()},
     }
     provenance = {**bundle.provenance, "calibration": summary}
-    return dataclasses.replace(bundle, operating_points=points, provenance=provenance).write()
+    default = bundle.operating_point if bundle.operating_point in points else "balanced"
+    return dataclasses.replace(
+        bundle, operating_points=points, operating_point=default, provenance=provenance
+    ).write()
 
 
 def score_exits(

@@ -74,7 +74,7 @@ def choose(
     *,
     reference: EngineRunner,
     quantized: EngineRunner,
-    slower: Mapping[str, str],
+    ruled_out: Mapping[str, str],
     is_fixed: bool = False,
     on_step: OnStep,
 ) -> Choice:
@@ -88,7 +88,7 @@ def choose(
         crops: What to compare on.
         reference: Float engines.
         quantized: INT8 engines.
-        slower: Graph that gains nothing from INT8 → why; it stays in float.
+        ruled_out: Graph that stays in float whatever it says → why.
         is_fixed: Keep INT8 in all other graphs, whatever they say.
         on_step: Called with what is being done and its fraction.
 
@@ -101,7 +101,7 @@ def choose(
         runner = _Mixed(bundle, reference, quantized, in_float)
         return ask_exits(bundle, runner, _reported(crops, what, on_step))
 
-    kept = dict(slower)
+    kept = dict(ruled_out)
     said = ask(kept, "asking the INT8 engines")
     agreement = _agreement(bundle, exact, said)
     while agreement.excess > 0 and not is_fixed:

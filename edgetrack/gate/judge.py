@@ -14,7 +14,7 @@ from edgetrack.gate.timing import time_stages
 from edgetrack.gate.verdict import GraphVerdict, Verdict
 from edgetrack.parity import EngineRunner, open_runner
 
-__all__ = ["Products", "judge", "judge_unmeasured"]
+__all__ = ["Products", "judge", "judge_unmeasured", "uncompared"]
 
 # Graph → its products in INT8, and all of them.
 Products = Mapping[str, tuple[int, int]]
@@ -52,7 +52,9 @@ def judge(
     """
     on_step("timing", 0.0)
     times = time_stages(bundle, backend, floats, quantized, evidence)
-    slower = {} if is_strict else _slower(times, floats.key.precision)
+    ruled_out = {}
+    if not is_strict:
+        ruled_out = {**_slower(times, floats.key.precision), **uncompared(bundle)}
     with (
         _runner(bundle, backend, floats) as reference,
         _runner(bundle, backend, quantized) as other,
@@ -62,7 +64,7 @@ def judge(
             evidence.compared,
             reference=reference,
             quantized=other,
-            slower=slower,
+            ruled_out=ruled_out,
             is_fixed=is_strict,
             on_step=on_step,
         )
@@ -82,6 +84,7 @@ def judge(
 def judge_unmeasured(
     bundle: Bundle,
     *,
+    floats: EngineSet | None,
     quantized: EngineSet,
     reason: str,
     float_precision: str,
@@ -91,10 +94,11 @@ def judge_unmeasured(
     is_strict: bool,
     on_step: OnStep,
 ) -> Verdict:
-    """Keep INT8 in all graphs, of engines that do not run here.
+    """Keep INT8 wherever answers show what it does, of engines that do not run here.
 
     Args:
         bundle: What they were built from.
+        floats: Float engines, where a graph is ``uncompared``.
         quantized: The INT8 engines.
         reason: Why they do not run.
         float_precision: What they would have been compared with.
@@ -111,14 +115,14 @@ def judge_unmeasured(
             evidence.compared,
             reference=reference,
             quantized=other,
-            slower={},
+            ruled_out={} if is_strict else uncompared(bundle),
             is_fixed=True,
             on_step=on_step,
         )
     return _verdict(
         bundle,
         quantized,
-        floats=None,
+        floats=floats,
         float_precision=float_precision,
         is_strict=is_strict,
         evidence=evidence,
@@ -127,6 +131,15 @@ def judge_unmeasured(
         times={},
         not_measured=reason,
     )
+
+
+def uncompared(bundle: Bundle) -> dict[str, str]:
+    """The graphs whose INT8 could drift unseen, and why: each crop starts from a recorded state."""
+    if bundle.update is None:
+        return {}
+    begins = any(spec.name in bundle.carried for spec in bundle.template.outputs)
+    graphs = (bundle.template, bundle.update) if begins else (bundle.update,)
+    return {g.name: "what it carries from frame to frame is not compared" for g in graphs}
 
 
 def _slower(times: Mapping[str, tuple[float, float]], float_precision: str) -> dict[str, str]:
@@ -159,7 +172,7 @@ def _verdict(
     not_measured: str = "",
 ) -> Verdict:
     in_float = choice.float_graphs
-    exits = [graph.name for graph in bundle.segments]
+    exits = [graph.name for graph in bundle.heads or bundle.segments]
     ious = dict(zip(exits, choice.agreement.box_iou, strict=True))
     graphs = {}
     for name, engine in quantized.graphs.items():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from edgetrack.backends.engine import Backend, EngineSet
 from edgetrack.bundle import Bundle
-from edgetrack.errors import BackendUnavailableError, DeviceError
+from edgetrack.errors import BackendUnavailableError, DeviceError, DeviceMemoryError
 from edgetrack.gate.choice import OnStep
 from edgetrack.gate.evidence import Evidence, render_evidence
-from edgetrack.gate.judge import Products, judge, judge_unmeasured
+from edgetrack.gate.judge import Products, judge, judge_unmeasured, uncompared
 from edgetrack.gate.timing import time_updates
 from edgetrack.gate.verdict import Verdict
 from edgetrack.parity import open_runner
@@ -19,7 +19,7 @@ from edgetrack.quantize.cache import CalibrationCache
 from edgetrack.quantize.calibrate import smoothed_graphs
 from edgetrack.quantize.int8 import planned_layers, write_int8_graphs
 
-__all__ = ["settle"]
+__all__ = ["settle", "why_not_here"]
 
 
 def settle(
@@ -42,7 +42,8 @@ def settle(
         cache: What they were quantised by.
         evidence: What to compare on; ``None`` renders clips.
         is_strict: Keep INT8 in all graphs.
-        build_floats: Gives the float engines; not called if engines do not run here.
+        build_floats: Gives the float engines; not called if engines do not run here, unless some
+            graph stays in float all the same.
         on_step: Called with what is being done and its fraction.
 
     Returns:
@@ -51,17 +52,20 @@ def settle(
 
     Raises:
         BackendUnavailableError: OpenCV or ONNX Runtime is not installed.
+        DeviceMemoryError: The GPU has too little free memory to measure on.
         EngineBuildError: The float engines could not be built.
     """
     quantized.write()  # trackers find engines by their sidecar
-    reason = _cannot_run(bundle, backend, quantized)
+    reason = why_not_here(bundle, backend, quantized)
     if evidence is None:
         evidence = render_evidence(bundle, on_progress=lambda done: on_step("rendering", done))
     products = _products(bundle, cache)
     if reason:
+        floats = build_floats() if uncompared(bundle) and not is_strict else None
         with tempfile.TemporaryDirectory(dir=quantized.path) as scratch:
             verdict = judge_unmeasured(
                 bundle,
+                floats=floats,
                 quantized=quantized,
                 reason=reason,
                 float_precision=backend.precisions[0],
@@ -71,7 +75,8 @@ def settle(
                 is_strict=is_strict,
                 on_step=on_step,
             )
-        return _with_verdict(quantized, verdict)
+        kept = quantized if floats is None else _mixed(quantized, floats, verdict)
+        return _with_verdict(kept, verdict)
     floats = build_floats()
     verdict = judge(
         bundle,
@@ -90,10 +95,17 @@ def settle(
     return _with_verdict(chosen, dataclasses.replace(verdict, update_ms=update_ms))
 
 
-def _cannot_run(bundle: Bundle, backend: Backend, engines: EngineSet) -> str:
-    """Why engines that were built here do not run here; empty if they do."""
+def why_not_here(bundle: Bundle, backend: Backend, engines: EngineSet) -> str:
+    """Why engines that were built here do not run here; empty if they do.
+
+    Raises:
+        DeviceMemoryError: They would, were the GPU not full just now.
+        EngineError: One does not load.
+    """
     try:
         open_runner(bundle, backend, engines=engines, device=backend.device).close()
+    except DeviceMemoryError:
+        raise
     except (BackendUnavailableError, DeviceError) as error:
         return str(error)
     return ""

@@ -41,17 +41,19 @@ def fit_threshold(threshold: float, reference: Float64Array, quantized: Float64A
     shifts = quantized[nearest] - reference[nearest]
     shift = float(np.median(shifts))
     noise = _ERROR_OF_MEDIAN * float(np.median(np.abs(shifts - shift))) / math.sqrt(len(shifts))
-    is_between = reference.min() < threshold <= reference.max()
-    if abs(shift) <= _MIN_ERRORS * noise:
+    moved = threshold + shift
+    # At 0 it would never stop again, and a noisy tail is no reason for that.
+    if abs(shift) <= _MIN_ERRORS * noise or moved <= 0:
         return threshold
-    moved = max(threshold + shift, 0.0)
-    if not is_between:  # all or none stop, and by how much a shift counts there is a guess
-        stops = reference < threshold
-        is_better = ((quantized < moved) == stops).mean() > (
-            (quantized < threshold) == stops
-        ).mean()
-        return moved if is_better else threshold
-    return moved
+    stops = reference < threshold
+
+    def agreement(candidate: float) -> float:
+        return float(((quantized < candidate) == stops).mean())
+
+    gain = agreement(moved) - agreement(threshold)
+    # Where all or none stop, by how much a shift counts is a guess, and it must help.
+    is_between = reference.min() < threshold <= reference.max()
+    return moved if gain > 0 or (gain == 0 and is_between) else threshold
 
 
 def fit_operating_points(

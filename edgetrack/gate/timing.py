@@ -87,8 +87,12 @@ def _undisturbed(times_ms: Sequence[float]) -> float:
 def time_stages(
     bundle: Bundle, backend: Backend, floats: EngineSet, quantized: EngineSet, evidence: Evidence
 ) -> dict[str, tuple[float, float]]:
-    """Graph → its time in float and in INT8, at full depth, in ms; of those that then run."""
-    policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
+    """Graph → its time in float and in INT8, in ms; of those that run in an update.
+
+    At full depth, but for the heads of earlier exits, which only run where a frame stops there.
+    """
+    num_exits = bundle.num_exits
+    policy = ExitPolicy.always_last(num_exits=num_exits)
     with contextlib.ExitStack() as opened:
         trackers = {
             name: opened.enter_context(
@@ -96,8 +100,15 @@ def time_stages(
             )
             for name, engines in (("float", floats), ("int8", quantized))
         }
-        times = time_trackers(trackers, evidence.clips)
-    in_float, in_int8 = times["float"].stage_ms, times["int8"].stage_ms
+        found = time_trackers(trackers, evidence.clips)
+        stages = {name: dict(times.stage_ms) for name, times in found.items()}
+        for k, head in enumerate(bundle.heads[:-1]):
+            for tracker in trackers.values():
+                tracker.exit_policy = ExitPolicy.fixed(k, num_exits=num_exits)
+            for name, times in time_trackers(trackers, evidence.clips).items():
+                if head.name in times.stage_ms:  # an entropy that is no number stops nowhere
+                    stages[name][head.name] = times.stage_ms[head.name]
+    in_float, in_int8 = stages["float"], stages["int8"]
     names = [graph.name for graph in bundle.graphs]
     return {n: (in_float[n], in_int8[n]) for n in names if n in in_float and n in in_int8}
 

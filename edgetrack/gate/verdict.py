@@ -16,7 +16,7 @@ class GraphVerdict:
     Attributes:
         precision: What was chosen.
         reason: Why it is not INT8; empty if it is.
-        float_ms: Time at full depth; ``None`` where that is not known.
+        float_ms: Time at full depth, of a head at its own exit; ``None`` where that is not known.
         int8_ms: The same.
         float_bytes: Size of the engine; ``None`` where none was built.
         int8_bytes: The same.

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetrack.models.general_distribution import GeneralDistributionModel
 from edgetrack.models.heads import (
     CenterHead,
     CenterMaps,
@@ -170,6 +171,7 @@ class DyTrack(OneStreamModel):
     )
     has_heads = True
     operating_points = MappingProxyType({"medium": 0.3, "fast": 0.5, "base": 0.15})
+    rules = GeneralDistributionModel.rules  # its published numbers were made with these
     config: DyTrackConfig
 
     def __init__(self, config: DyTrackConfig) -> None:

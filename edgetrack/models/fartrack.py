@@ -307,7 +307,7 @@ class FARTrack(OneStreamModel):
             assert isinstance(block, Block)
             attention = attention + _attention_of_last(block, tokens)
             if number < self.config.selection_layers:
-                tokens = block(tokens)
+                tokens = _without_drop(block, tokens)
         kept = attention.topk(self.config.kept_tokens).indices
         # As floats, because engines sort those: cells are few.
         rising = kept.to(tokens.dtype).topk(kept.shape[1], largest=False).values
@@ -356,6 +356,13 @@ class FARTrack(OneStreamModel):
         side = (bbox[:, 2:].prod(1).sqrt() * self.crops.search_factor)[:, None, None]
         centres = (boxes[..., :2] - bbox[:, None, :2]) / side + 0.5
         return torch.cat([centres, boxes[..., 2:] / side], -1)
+
+
+def _without_drop(block: Block, tokens: Tensor) -> Tensor:
+    """What a block makes of tokens outside training: cells are chosen as the runtime does it."""
+    tokens = tokens + block.attn(block.norm1(tokens))
+    answer: Tensor = tokens + block.mlp(block.norm2(tokens))
+    return answer
 
 
 def _attention_of_last(block: Block, tokens: Tensor) -> Tensor:

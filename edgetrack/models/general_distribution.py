@@ -1,6 +1,7 @@
 """Trackers whose exits are General Distribution heads: what they and their training share."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -24,6 +25,16 @@ class GeneralDistributionModel(SegmentedModel):
     exits: nn.ModuleList
     bin_size: float
     window: Tensor
+    # What helps on the development set (see benchmarks/results/rules-*.json).
+    rules = MappingProxyType(
+        {
+            "unsure_score": 0.4,
+            "patience": 3.0,
+            "search_growth": 1.4,
+            "lost_after": 10.0,
+            "found_score": 0.6,
+        }
+    )
 
     def run_trunk(self, index: int, state: Mapping[str, Tensor]) -> State:
         """The trunk's part of a segment: what exits and later segments read."""

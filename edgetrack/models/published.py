@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,11 @@ _PATCH_PX, _HEAD_DIM = 16, 64
 class _Inert:
     """Stands for an object of OSTrack's own training code: keeps what was stored, does nothing."""
 
+    # Of the class: an object without attributes is made without ``__init__`` or ``__setstate__``.
+    state: Mapping[str, Any] = MappingProxyType({})
+
     def __init__(self, *args: object) -> None:
-        self.state: Mapping[str, Any] = {}
+        pass
 
     def __setstate__(self, state: object) -> None:
         self.state = state if isinstance(state, dict) else {}

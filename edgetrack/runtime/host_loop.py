@@ -105,9 +105,14 @@ class HostLoop:
         self._crop_ms = (time.perf_counter() - started) * 1e3
         exit_index = self._chain.run(policy)
         score = float(buffers["score"][0])
+        before = target.bbox_xywh, target.num_unsure, target.is_lost
         is_sane = target.settle(self.read_answer(), score)
         if self._chain.has_update:
-            self._update(frame, is_sane=is_sane)
+            try:
+                self._update(frame, is_sane=is_sane)
+            except BaseException:  # what is carried is of the frame before, and so must the box be
+                target.bbox_xywh, target.num_unsure, target.is_lost = before
+                raise
         x, y, w, h = target.bbox_xywh.tolist()
         return _Done(
             TrackResult(

@@ -405,7 +405,9 @@ def _optimizer(model: SegmentedModel, stage: Stage) -> torch.optim.AdamW:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith(model.pretrained), parameter.ndim > 1)
+            # A gate's step is 2-D for attention, and decay would pull it to an open gate.
+            is_matrix = parameter.ndim > 1 and "gates." not in name
+            key = (name.startswith(model.pretrained), is_matrix)
             groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [

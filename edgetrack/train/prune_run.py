@@ -1,9 +1,12 @@
 """Pruning from end to end: a dense bundle, a search, and a fine-tuned bundle for each budget."""
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +31,7 @@ _Plan = tuple[tuple[str, float, float], ...]
 # Objective, its share of the pairs, and its rate.
 _GENERAL_DISTRIBUTION: _Plan = (("final_exit", 0.75, 8e-4), ("shallow_exits", 0.25, 1e-3))
 _CENTER: _Plan = (("center_exit", 1.0, 1e-4),)
+_RESEARCH_LICENCE = "research data: research use"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +60,8 @@ class PruneData:
 def open_dense(path: Path, output: Path) -> tuple[Bundle, SegmentedModel]:
     """What is to be pruned: a bundle with weights, or the folder of a training run.
 
-    A run is exported to ``<output>/dense`` first, with the thresholds that ``edgetrack export``
-    starts from.
+    A run is exported to ``<output>/dense`` first, with the thresholds, rules and licence that
+    ``edgetrack export`` has by default.
 
     Raises:
         CheckpointError: It is neither; the message says what to pass.
@@ -68,10 +72,13 @@ def open_dense(path: Path, output: Path) -> tuple[Bundle, SegmentedModel]:
             model,
             output / "dense",
             name=provenance["recipe"]["model"],
-            operating_points={"balanced": (0.3,) * (model.num_exits - 1)},
-            operating_point="balanced",
+            operating_points={
+                k: (t,) * (model.num_exits - 1) for k, t in model.operating_points.items()
+            },
+            operating_point=next(iter(model.operating_points)),
             provenance=provenance,
-            licence="",
+            licence=_RESEARCH_LICENCE,
+            rules=model.rules,
         )
         return bundle, model
     if path.is_file():
@@ -100,6 +107,8 @@ def rate_units(
     """Scores of all units: by a search on data in ``<output>/search``, or by weights alone.
 
     Raises:
+        CheckpointError: The folder holds a search of another bundle, on other data or with other
+            settings.
         DataError: A source holds nothing to train on, or is malformed.
         TrainingError: The loss or a gate is not finite.
         ValueError: The family has no loss to search with.
@@ -131,6 +140,8 @@ def fine_tune(
     """Train what is left of a bundle, as its family is trained, in ``<output>/<label>``.
 
     Raises:
+        CheckpointError: The folder holds a run of another bundle, of other units, on other data or
+            with other settings.
         DataError: A source holds nothing to train on, or is malformed.
         TrainingError: The loss is not finite, or the family has no training without a teacher.
     """
@@ -153,7 +164,7 @@ def fine_tune(
         )
         for objective, share, rate in plan
     )
-    recipe = _recipe(bundle, model, label, stages, data)
+    recipe = _recipe(bundle, model, label, stages, data, kept=pruned.kept)
     folder = output / label
     return run_recipe(
         recipe, data.sources, folder, start=bundle, weights=model, on_progress=on_progress
@@ -260,12 +271,19 @@ def _recipe(
     label: str,
     stages: tuple[Stage, ...],
     data: PruneData,
+    *,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Recipe:
     own: Any = bundle.provenance.get("recipe", {})
     clips = own.get("calibration_clips", CALIBRATION_CLIPS)
     variant = next(n for n in list_models() if n.startswith(f"{model.family}-"))
+    # A run's folder is known by its recipe alone: the name tells what the other fields do not.
+    key = _short_digest(
+        [[name, str(root.resolve())] for name, root in data.sources],
+        {name: numbers.tolist() for name, numbers in kept.items()},
+    )
     return Recipe(
-        name=re.sub(r"[^\w.-]", "-", f"{bundle.name}-{label}"),
+        name=re.sub(r"[^\w.-]", "-", f"{bundle.name}-{bundle.digest[:8]}-{label}-{key}"),
         model=variant,
         model_config=model.config_dict,
         stages=stages,
@@ -273,3 +291,7 @@ def _recipe(
         calibration_clips=tuple(clips),
         mix=dict(DEFAULT_MIX if data.mix is None else data.mix),
     )
+
+
+def _short_digest(*content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -28,6 +28,7 @@ from edgetrack.models.layers import ShuffleStem
 from edgetrack.models.published import load_shuffle_stem
 from edgetrack.models.registry import load_fitting_weights, load_model
 from edgetrack.models.segmented import SegmentedModel
+from edgetrack.train.checkpoints import CHECKPOINT_NAME
 from edgetrack.train.loop import LOG_NAME, Progress, fit
 from edgetrack.train.objectives import OBJECTIVES
 from edgetrack.train.recipes import Recipe, Stage
@@ -38,6 +39,8 @@ from edgetrack.viz import plot_training
 __all__ = ["read_provenance", "read_sources", "run_recipe"]
 
 PROVENANCE_NAME = "provenance.json"
+# Key of the provenance → what the command line calls it, where that differs.
+_OPTIONS = {"start": "from", "pseudo_tracks": "pseudo-tracks"}
 _CLIP_FRAMES, _CLIP_WIDTH, _CLIP_HEIGHT = 24, 320, 240
 # Seeds from here on render training clips; the demo and the tests use small ones.
 _FIRST_CLIP_SEED = 1000
@@ -55,11 +58,13 @@ def run_recipe(
     pseudo_tracks: Path | None = None,
     is_compiled: bool = False,
     on_reading: Callable[[str, int, int], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> SegmentedModel:
     """Train a recipe, or go on with a run that was interrupted.
 
-    Under ``torchrun`` every process calls this; the first one writes.
+    Under ``torchrun`` every process calls this; the first one writes. Without weights to start from
+    nothing is frozen: the recipe's ``frozen_stem_share`` counts as 0 then.
 
     Args:
         recipe: What to train.
@@ -74,19 +79,35 @@ def run_recipe(
             holds the file, as ``edgetrack pseudolabel`` writes them.
         is_compiled: Compile the step; for GPUs.
         on_reading: Called with the name of a source and the numbers of its parts done and to do.
+        on_start: Called with the number of tensors that start from ``start`` and of all, in the
+            first process, when a run begins.
         on_progress: Called with every report, in the first process.
 
     Raises:
         DataError: A source holds nothing to train on, or is malformed.
-        CheckpointError: ``output`` holds another run, or ``stem`` or ``start`` does not fit.
+        CheckpointError: ``output`` holds another run, or one from other weights or data, or
+            ``stem`` or ``start`` does not fit.
         TrainingError: The loss is not finite any more.
+        ValueError: The recipe's trunk stays frozen, and there are no weights to start from.
     """
+    recipe = _with_what_can_be_frozen(
+        recipe, has_stem=stem is not None, has_start=start is not None or weights is not None
+    )
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     is_first = not dist.is_initialized() or dist.get_rank() == 0
+    describe_inputs = functools.partial(
+        _describe_inputs,
+        sources,
+        files={"stem": stem, "pseudo_tracks": pseudo_tracks},
+        bundles={"start": start, "teacher": teacher},
+    )
+    has_record = all((output / n).is_file() for n in (CHECKPOINT_NAME, PROVENANCE_NAME))
+    if is_first and has_record:  # before minutes of reading; the other processes end with this one
+        _check_inputs(output, describe_inputs())
     pack = read_sources(
         sources,
         pseudo_tracks=pseudo_tracks,
@@ -96,14 +117,8 @@ def run_recipe(
     clips = [_render(_FIRST_CLIP_SEED + k) for k in range(recipe.num_synthetic_clips)]
     guide = None if teacher is None else load_model(teacher)
     crops = recipe.create_model().crops
-    if is_first and not (output / PROVENANCE_NAME).is_file():
-        _write_provenance(
-            recipe,
-            sources,
-            output,
-            files={"stem": stem, "pseudo_tracks": pseudo_tracks},
-            bundles={"start": start, "teacher": teacher},
-        )
+    if is_first and not has_record:
+        _write_provenance(recipe, describe_inputs(), output)
 
     def sampler_of(seed: int, stage: Stage, device: torch.device) -> Batches:
         is_at_teachers = OBJECTIVES[stage.objective].reads_teacher_crops
@@ -129,7 +144,9 @@ def run_recipe(
         if weights is not None:
             model.load_state_dict(weights.state_dict())
         elif start is not None:
-            load_fitting_weights(model, start)
+            num_new, num_all = len(load_fitting_weights(model, start)), len(model.state_dict())
+            if is_first and on_start is not None:
+                on_start(num_all - num_new, num_all)
 
     model = fit(
         recipe,
@@ -206,18 +223,24 @@ def read_provenance(run: Path) -> dict[str, Any]:
     return content
 
 
-def _write_provenance(
-    recipe: Recipe,
+def _with_what_can_be_frozen(recipe: Recipe, *, has_stem: bool, has_start: bool) -> Recipe:
+    """The recipe as it can be trained: random weights are never frozen."""
+    if not has_start and any(stage.objective == "final_head" for stage in recipe.stages):
+        raise ValueError("recipe: expected --from BUNDLE, whose trunk is frozen, got none")
+    if has_stem or has_start:
+        return recipe
+    stages = (dataclasses.replace(stage, frozen_stem_share=0.0) for stage in recipe.stages)
+    return dataclasses.replace(recipe, stages=tuple(stages))
+
+
+def _describe_inputs(
     sources: Sequence[tuple[str, Path]],
-    output: Path,
     *,
     files: Mapping[str, Path | None],
     bundles: Mapping[str, Bundle | None],
-) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    content = {
-        "recipe": dataclasses.asdict(recipe),
-        "samples": [s.num_steps * s.batch_size for s in recipe.stages],
+) -> dict[str, Any]:
+    """What a run reads, as its provenance holds it."""
+    return {
         # A published set has millions of files, and its name says enough.
         "data": [
             {"layout": name, "digest": folder_digest(root) if name == FOLDER else None}
@@ -237,6 +260,38 @@ def _write_provenance(
             }
             for k, bundle in bundles.items()
         },
+    }
+
+
+def _check_inputs(output: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that read something else."""
+    before = read_provenance(output)
+    changed = [
+        name
+        for name, now in inputs.items()
+        if name in before and _identity_of(before[name]) != _identity_of(now)
+    ]
+    if changed:
+        options = ", ".join("--" + _OPTIONS.get(name, name) for name in changed)
+        raise CheckpointError(
+            f"{output}: expected the inputs that this run began with, got another {options}; "
+            "choose another --output, or delete the folder"
+        )
+
+
+def _identity_of(described: Any) -> Any:
+    """What tells one input from another: a bundle or a file may be moved and renamed."""
+    if isinstance(described, dict):
+        return described.get("digest", described.get("sha256"))
+    return described
+
+
+def _write_provenance(recipe: Recipe, inputs: Mapping[str, Any], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    content = {
+        "recipe": dataclasses.asdict(recipe),
+        "samples": [s.num_steps * s.batch_size for s in recipe.stages],
+        **inputs,
         "hardware": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{os.cpu_count()} {platform.machine()} CPUs",

@@ -1,6 +1,7 @@
 """``edgetrack train`` and ``edgetrack export`` from end to end, on a folder rendered here."""
 
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -38,6 +39,7 @@ def bundle(home: Path) -> Bundle:
     """What the commands make of it."""
     trained = edgetrack(*TINY_RUN, cwd=home)
     assert trained.returncode == 0, trained.stderr
+    assert "--output early_exit_vit-smoke_bundle --calibrate DATA" in trained.stdout
     exported = edgetrack(
         "export", "runs/early_exit_vit-smoke", "--output", "mine", "--calibrate", "sequences",
         "--evaluate", "sequences", "--rules", "size_smoothing=0.2", "--criterion", "combined",
@@ -68,6 +70,7 @@ def test_training_starts_from_another_bundle_and_another_mix(home: Path, bundle:
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
+    assert re.search(rf"^(\d+) of \1 tensors start from {bundle.path}$", done.stdout, re.M)
     provenance = json.loads((home / "again" / "provenance.json").read_text())
     assert provenance["start"]["digest"] == bundle.digest
     assert provenance["recipe"]["mix"] == {"video": 2.0, "extra": 1.0}
@@ -124,7 +127,11 @@ def test_a_ladder_of_resolutions_learns_from_one_teacher(home: Path) -> None:
 
     assert ladder.returncode == 0, ladder.stderr
     assert composed.returncode == 0, composed.stderr
+    assert ladder.stdout.count("the others are new") == 0
+    assert "--calibrate" not in ladder.stdout
     for size in (128, 96):
+        next_step = f"export runs/loretrack-tiny-{size} --output loretrack-tiny-{size}_bundle\n"
+        assert next_step in ladder.stdout
         run, output = f"runs/loretrack-tiny-{size}", f"student_{size}"
         exported = edgetrack("export", run, "--output", output, cwd=home)
         assert exported.returncode == 0, exported.stderr

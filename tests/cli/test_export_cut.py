@@ -13,9 +13,23 @@ from small_fartrack import FARTRACK_PATCH
 from small_models import PATCH
 
 from edgetrack.bundle import Bundle
+from edgetrack.models.dytrack import DyTrack
+from edgetrack.models.fartrack import FARTrack
+from edgetrack.models.loretrack import LoReTrack, LoReTrackTiny
+from edgetrack.models.ostrack import OSTrack
 from edgetrack.models.registry import load_model
+from edgetrack.models.segmented import SegmentedModel
+from edgetrack.models.siamese_cnn import SiameseCNN
 from edgetrack.train.checkpoints import write_checkpoint
 from edgetrack.train.recipes import Recipe, Stage
+
+TUNED = {
+    "unsure_score": 0.4,
+    "patience": 3,
+    "search_growth": 1.4,
+    "lost_after": 10,
+    "found_score": 0.6,
+}
 
 
 def write_run(folder: Path, *, model: str, config: Mapping[str, Any]) -> Path:
@@ -49,6 +63,34 @@ def test_a_depth_of_a_trained_fartrack_is_a_bundle(run: Path, tmp_path: Path) ->
     assert bundle.num_exits == 1
     assert (bundle.config["exit_after"], bundle.config["retention"]) == ([3], 0.5)
     assert len(load_model(bundle).backbone.blocks) == 3
+    assert bundle.rules == {}
+
+
+def test_rules_that_were_tuned_on_a_familys_scores_are_exported(tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    write_run(folder, model="early_exit_vit-tiny", config=dataclasses.asdict(PATCH))
+
+    done = edgetrack("export", folder, "--output", "mine", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert Bundle.load(tmp_path / "mine").rules == TUNED
+
+
+@pytest.mark.parametrize(
+    ("model", "rules"),
+    [
+        (SiameseCNN, TUNED),
+        (DyTrack, TUNED),
+        (LoReTrackTiny, TUNED),
+        (LoReTrack, {}),
+        (OSTrack, {}),
+        (FARTrack, {}),
+    ],
+)
+def test_a_family_has_rules_only_if_they_were_tuned_on_its_scores(
+    model: type[SegmentedModel], rules: Mapping[str, float]
+) -> None:
+    assert model.rules == rules
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``edgetrack prune`` as a person meets it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -53,6 +54,21 @@ def test_a_time_that_no_budget_meets_is_said_with_what_one_percent_takes(home: P
     assert not list(home.glob("never/small-*"))
 
 
+def test_one_exit_cannot_be_calibrated_and_that_is_said_before_any_training(home: Path) -> None:
+    config = dataclasses.replace(PATCH, exit_after=(2,))
+    export_random(config, home / "single", name="single")
+
+    done = edgetrack(
+        "prune", "single", "--budget", "0.5", "--calibrate", "nowhere", "--output", "never",
+        cwd=home,
+    )  # fmt: skip
+
+    assert done.returncode == 2, done.stderr
+    assert "--calibrate" in done.stderr
+    assert "expected a model with exits to choose between, got one exit" in words(done.stderr)
+    assert not (home / "never").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -66,6 +82,7 @@ def test_a_time_that_no_budget_meets_is_said_with_what_one_percent_takes(home: P
         (("--budget", "0.5", "--heads", "ragged"), 2, "heads: expected one of"),
         (("--budget", "0.5", "--parts", "stem"), 1, "parts: expected units in ('stem',)"),
         (("--budget", "0.5", "--data", "nowhere"), 1, "expected a training folder, got none"),
+        (("--budget", "0.5", "--calibrate", "nowhere"), 1, "got no such folder"),
     ],
 )
 def test_wrong_options_are_named(

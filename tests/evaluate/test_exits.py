@@ -141,6 +141,23 @@ def test_a_bundle_with_presets_keeps_them_when_it_is_calibrated(
     assert all(len(set(t)) == 1 for t in calibrated.operating_points.values())
 
 
+@pytest.mark.parametrize(("before", "after"), [("medium", "balanced"), ("fast", "fast")])
+def test_the_default_is_always_among_the_new_operating_points(
+    toy: Bundle, tmp_path: Path, before: str, after: str
+) -> None:
+    bundle = Bundle.load(Path(shutil.copytree(toy.path, tmp_path / "bundle")))
+    bundle = dataclasses.replace(
+        bundle, operating_points={before: (0.5, 0.5)}, operating_point=before
+    )
+    write_clip(tmp_path / "clips" / "clip")
+
+    calibrated = calibrate_exits(bundle.write(), read_sequences(tmp_path / "clips"))
+
+    assert list(calibrated.operating_points) == ["accurate", "balanced", "fast"]
+    assert calibrated.operating_point == after
+    assert Bundle.load(calibrated.path).operating_point == after
+
+
 @pytest.mark.parametrize("name", ["toy", "toy_with_heads"])
 def test_all_exits_are_asked_on_the_crops_of_the_last_one(
     name: str, request: pytest.FixtureRequest, tmp_path: Path

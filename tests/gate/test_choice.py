@@ -42,7 +42,7 @@ def choice_of(
     runner: EngineRunner,
     damage: Damage,
     *,
-    slower: Mapping[str, str] | None = None,
+    ruled_out: Mapping[str, str] | None = None,
     is_fixed: bool = False,
 ) -> Choice:
     return choose(
@@ -50,7 +50,7 @@ def choice_of(
         record_inputs(bundle.crops, num_frames=40),
         reference=runner,
         quantized=Damaged(bundle, runner, damage),
-        slower=slower or {},
+        ruled_out=ruled_out or {},
         is_fixed=is_fixed,
         on_step=lambda phase, fraction: None,
     )
@@ -123,7 +123,7 @@ def test_what_is_fixed_stays_whatever_it_says(toy: Bundle, runner: EngineRunner)
 def test_a_slower_graph_stays_in_float_and_is_not_asked(toy: Bundle, runner: EngineRunner) -> None:
     damage = {("segment_1", "bbox_cxcywh"): 0.1}
 
-    choice = choice_of(toy, runner, damage, slower={"segment_1": "INT8 is not faster"})
+    choice = choice_of(toy, runner, damage, ruled_out={"segment_1": "INT8 is not faster"})
 
     assert choice.float_graphs == {"segment_1": "INT8 is not faster"}
     assert choice.agreement.mean_box_iou == 1
@@ -146,6 +146,6 @@ def test_no_crops_are_refused(toy: Bundle, runner: EngineRunner) -> None:
             [],
             reference=runner,
             quantized=runner,
-            slower={},
+            ruled_out={},
             on_step=lambda phase, fraction: None,
         )

@@ -59,8 +59,16 @@ def test_a_few_crops_move_no_threshold() -> None:
     assert fit_threshold(0.5, ENTROPIES[:8], ENTROPIES[:8] + 0.1) == 0.5
 
 
-def test_a_threshold_stays_positive_or_never_stops() -> None:
-    assert fit_threshold(0.22, ENTROPIES, ENTROPIES - 0.5) == 0
+def test_a_positive_threshold_is_never_moved_to_zero_which_never_stops() -> None:
+    assert fit_threshold(0.22, ENTROPIES, ENTROPIES - 0.5) == 0.22
+
+
+def test_a_shift_that_loses_agreement_is_not_followed() -> None:
+    reference = np.concatenate([np.linspace(0.16, 0.169, 30), np.linspace(0.4, 1.0, 60)])
+    # Most that lie near the threshold came down; the few others now lie between both thresholds.
+    quantized = np.concatenate([np.full(18, 0.05), np.full(12, 0.13), reference[30:]])
+
+    assert fit_threshold(0.17, reference, quantized) == 0.17
 
 
 def test_crops_that_gave_no_number_do_not_count() -> None:

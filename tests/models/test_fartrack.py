@@ -481,3 +481,16 @@ def test_micro_runs_at_its_own_crop_sizes() -> None:
     answers = answers_of(model, make_inputs(model.config, batch=1))
 
     assert all(value.isfinite().all() for answer in answers for value in answer.values())
+
+
+@torch.no_grad()
+def test_training_drops_no_branch_while_cells_are_chosen(model: FARTrack) -> None:
+    model = model.cut(retention=0.5, selection_layers=model.config.exit_after[0])
+    for block in model.backbone.blocks:
+        block.drop_path = 0.9
+    cells = (model.config.template_size_px // 16) ** 2
+    tokens = torch.randn(16, cells, model.config.dim, generator=torch.manual_seed(0))
+
+    chosen = model.kept_cells(tokens)
+
+    assert torch.equal(model.train().kept_cells(tokens), chosen)

@@ -93,6 +93,30 @@ def test_settings_that_a_training_left_are_read_without_its_code(
     assert load_ostrack(checkpoint, search_factor=3).config.search_factor == 3
 
 
+class BareSettings:
+    """Pickled under the name of OSTrack's own class, without attributes."""
+
+    __module__ = "lib.train.admin.settings"
+    __qualname__ = "Settings"
+
+
+def test_settings_without_attributes_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("lib.train.admin.settings")
+    module.Settings = BareSettings  # type: ignore[attr-defined]  # a module of the test
+    with monkeypatch.context() as patch:
+        for name in ("lib", "lib.train", "lib.train.admin"):
+            patch.setitem(__import__("sys").modules, name, ModuleType(name))
+        patch.setitem(__import__("sys").modules, module.__name__, module)
+        torch.save({"net": small_state_dict(), "settings": BareSettings()}, tmp_path / "net.pth")
+
+    checkpoint = read_checkpoint(tmp_path / "net.pth")
+
+    assert checkpoint.settings == {}
+    assert load_ostrack(checkpoint).config.eliminate_at == ()
+
+
 class Runs:
     """Runs code when it is unpickled."""
 

@@ -16,6 +16,7 @@ from edgetrack.data.folder import Clip, TrainingPack
 from edgetrack.errors import CheckpointError, TrainingError
 from edgetrack.models.early_exit_vit import CONFIGS, EarlyExitViT
 from edgetrack.models.registry import create_model
+from edgetrack.train.checkpoints import read_checkpoint
 from edgetrack.train.loop import Progress, fit, load_trained
 from edgetrack.train.losses import tracking_loss
 from edgetrack.train.objectives.early_exit import freeze_all_but_shallow_exits
@@ -419,6 +420,19 @@ EXACT = {
         for name, steps in zip(OBJECTIVE_NAMES, NUM_STEPS, strict=True)
     ),
 }
+
+
+def test_only_weights_decay_not_gates_of_any_shape(run: Run) -> None:
+    stage = Stage(objective="slimming", samples=BATCH, batch_size=BATCH)
+
+    model = run.fit(small_recipe(stages=(stage,)))
+
+    groups = read_checkpoint(run.folder)["optimizer"]["param_groups"]
+    matrices = [name for name, p in model.named_parameters() if p.ndim > 1]
+    gates = [name for name in matrices if name.startswith("gates.")]
+    assert gates
+    num_decaying = sum(len(group["params"]) for group in groups if group["weight_decay"])
+    assert num_decaying == len(matrices) - len(gates)
 
 
 @pytest.mark.slow

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from small_families import FAMILIES, make_cnn
-from small_models import PATCH, export_random
+from small_models import PATCH, export_random, make_model
 
 from edgetrack.bundle import Bundle
 from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import BundleError, CheckpointError, TrainingError
 from edgetrack.export import export_bundle
 from edgetrack.models.registry import load_model
+from edgetrack.train import prune_run
 from edgetrack.train.prune import Rounding, magnitude_scores, prune
 from edgetrack.train.prune_run import (
     PruneData,
@@ -25,6 +26,7 @@ from edgetrack.train.prune_run import (
     open_dense,
     rate_units,
 )
+from edgetrack.train.recipes import Recipe
 
 EXACT = Rounding(multiple=1)
 
@@ -32,6 +34,16 @@ EXACT = Rounding(multiple=1)
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_random(PATCH, tmp_path_factory.mktemp("dense") / "bundle", name="small")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of the same name and configuration, with other weights."""
+    return export_bundle(
+        make_model(PATCH, seed=1), tmp_path_factory.mktemp("other") / "bundle", name="small",
+        operating_points={"balanced": (0.5,)}, operating_point="balanced", provenance={},
+        licence="none",
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -104,8 +116,80 @@ def test_a_run_is_exported_before_it_is_pruned(
     bundle, model = open_dense(tmp_path / "run", tmp_path)
 
     assert bundle.path == tmp_path / "dense"
+    assert bundle.rules == model.rules != {}
+    assert bundle.licence == "research data: research use"
     for name, value in model.state_dict().items():
         assert torch.equal(value, tuned.state_dict()[name])
+
+
+def test_a_run_keeps_the_presets_of_its_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").touch()
+    monkeypatch.setattr(prune_run, "load_trained", lambda path: FAMILIES["dytrack"]())
+    monkeypatch.setattr(
+        prune_run, "read_provenance", lambda path: {"recipe": {"model": "dytrack-small"}}
+    )
+
+    bundle, _ = open_dense(tmp_path / "run", tmp_path)
+
+    assert set(bundle.operating_points) == {"base", "medium", "fast"}
+    assert bundle.operating_point == "medium"
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """Recipes that were to be trained; none is."""
+    seen: list[Recipe] = []
+
+    def keep(recipe: Recipe, *args: Any, weights: Any = None, **kwargs: Any) -> Any:
+        seen.append(recipe)
+        return weights
+
+    monkeypatch.setattr(prune_run, "run_recipe", keep)
+    monkeypatch.setattr(prune_run, "learned_scores", lambda model: {})
+    return seen
+
+
+def test_the_search_of_another_bundle_or_on_other_data_is_another_run(
+    dense: Bundle, other: Bundle, data: PruneData, recipes: list[Recipe], tmp_path: Path
+) -> None:
+    elsewhere = dataclasses.replace(data, sources=[("folder", tmp_path)])
+
+    for bundle, source in ((dense, data), (dense, data), (other, data), (dense, elsewhere)):
+        rate_units(bundle, load_model(bundle), tmp_path, data=source)
+
+    same, again, of_other, on_other_data = recipes
+    assert same == again
+    assert dense.digest[:8] in same.name
+    assert len({same.name, of_other.name, on_other_data.name}) == 3
+
+
+def test_the_fine_tuning_of_other_units_is_another_run(
+    dense: Bundle, data: PruneData, recipes: list[Recipe], tmp_path: Path
+) -> None:
+    model = load_model(dense)
+    scores = magnitude_scores(model)
+    turned = {name: values.max() - values for name, values in scores.items()}
+
+    for rated in (scores, scores, turned):
+        pruned = prune(model, rated, 0.5, rounding=EXACT)
+        fine_tune(dense, pruned, tmp_path, label="tuned", data=data)
+
+    same, again, of_others = recipes
+    assert same == again
+    assert same.name != of_others.name
+
+
+def test_a_run_of_another_bundle_is_refused(
+    dense: Bundle, other: Bundle, data: PruneData, tmp_path: Path
+) -> None:
+    pruned = prune(load_model(dense), magnitude_scores(load_model(dense)), 1.0)
+    fine_tune(dense, pruned, tmp_path, label="run", data=data)
+
+    with pytest.raises(CheckpointError, match="choose another --output, or delete the folder"):
+        fine_tune(other, pruned, tmp_path, label="run", data=data)
 
 
 def test_what_has_no_trainable_weights_is_refused_and_told_what_to_pass(

@@ -26,6 +26,7 @@ from edgetrack.bundle.folder import sha256_of, whole_folder
 from edgetrack.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    RESEARCH_LICENCE,
     WEIGHTS_NAME,
     Bundle,
     default_bundle_path,
@@ -36,6 +37,7 @@ __all__ = [
     "ANSWER_NAMES",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "RESEARCH_LICENCE",
     "WEIGHTS_NAME",
     "Bundle",
     "CropSpec",

@@ -27,6 +27,8 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
+# What weights may be used for unless somebody knows better: most training sets allow no more.
+RESEARCH_LICENCE = "research data: research use"
 _OPTIONAL_KEYS = ("heads", "update", "carried")
 _KIND_NAMES: Mapping[type, str] = {
     dict: "an object",

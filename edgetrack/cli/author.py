@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgetrack.bundle import RESEARCH_LICENCE
 from edgetrack.cli.options import check_criterion, parse_rules, progress_bar
 from edgetrack.errors import BackendUnavailableError, DataError
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from edgetrack.train.recipes import Recipe, Stage
 
 __all__ = ["author_side", "export", "train"]
-
-_RESEARCH_LICENCE = "research data: research use"
 
 
 def train(
@@ -189,7 +188,7 @@ def export(
     name: Annotated[str | None, typer.Option(help="Name [default: the model's]")] = None,
     licence: Annotated[
         str, typer.Option(help="What the weights may be used for")
-    ] = _RESEARCH_LICENCE,
+    ] = RESEARCH_LICENCE,
 ) -> None:
     """Turn a training run into a bundle.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from edgetrack.bundle import Bundle
+from edgetrack.bundle import RESEARCH_LICENCE, Bundle
 from edgetrack.errors import CheckpointError, TrainingError
 from edgetrack.export import export_bundle
 from edgetrack.models.general_distribution import GeneralDistributionModel
@@ -31,7 +31,6 @@ _Plan = tuple[tuple[str, float, float], ...]
 # Objective, its share of the pairs, and its rate.
 _GENERAL_DISTRIBUTION: _Plan = (("final_exit", 0.75, 8e-4), ("shallow_exits", 0.25, 1e-3))
 _CENTER: _Plan = (("center_exit", 1.0, 1e-4),)
-_RESEARCH_LICENCE = "research data: research use"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ def open_dense(path: Path, output: Path) -> tuple[Bundle, SegmentedModel]:
             },
             operating_point=next(iter(model.operating_points)),
             provenance=provenance,
-            licence=_RESEARCH_LICENCE,
+            licence=RESEARCH_LICENCE,
             rules=model.rules,
         )
         return bundle, model

@@ -253,16 +253,7 @@ RECIPES: dict[str, Recipe] = {
             name="dytrack-base",
             model="dytrack-base",
             stages=(
-                Stage(
-                    objective="dytrack_branches",
-                    samples=18_000_000,
-                    batch_size=128,
-                    learning_rate=4e-4,
-                    stem_rate=0.1,
-                    weight_decay=1e-4,
-                    clip_norm=0.1,
-                    ema_decay=0.9998,
-                ),
+                Stage(objective="dytrack_branches", **_OSTRACK),
                 Stage(
                     objective="dytrack_decisioners",
                     samples=2_400_000,
@@ -273,7 +264,7 @@ RECIPES: dict[str, Recipe] = {
                     ema_decay=0.9998,
                 ),
             ),
-            mix={"lasot": 1.0, "got10k": 1.0, "coco": 1.0, "trackingnet": 1.0},
+            mix=_OSTRACK_MIX,
         ),
         # From the weights of early_exit_vit-tiny: a reduced budget, minutes of one CPU core.
         Recipe(
@@ -327,7 +318,7 @@ RECIPES: dict[str, Recipe] = {
                     **{**_FARTRACK, "samples": 20_000, "batch_size": 64, "weight_decay": 0.05},
                 ),
             ),
-            mix={"lasot": 1.0, "got10k": 1.0, "coco": 1.0, "trackingnet": 1.0},
+            mix=_OSTRACK_MIX,
         ),
         # From the weights of early_exit_vit-tiny: its final exit at a higher resolution.
         Recipe(
@@ -383,16 +374,7 @@ RECIPES: dict[str, Recipe] = {
             name="early_exit_vit-base",
             model="early_exit_vit-base",
             stages=(
-                Stage(
-                    objective="final_exit",
-                    samples=18_000_000,
-                    batch_size=128,
-                    learning_rate=4e-4,
-                    stem_rate=0.1,
-                    weight_decay=1e-4,
-                    clip_norm=0.1,
-                    ema_decay=0.9998,
-                ),
+                Stage(objective="final_exit", **_OSTRACK),
                 Stage(
                     objective="shallow_exits",
                     samples=4_800_000,
@@ -403,7 +385,7 @@ RECIPES: dict[str, Recipe] = {
                     ema_decay=0.9998,
                 ),
             ),
-            mix={"lasot": 1.0, "got10k": 1.0, "coco": 1.0, "trackingnet": 1.0},
+            mix=_OSTRACK_MIX,
         ),
     )
 }

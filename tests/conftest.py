@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from edgetrack.bundle import Bundle
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA_PACK = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers on every run, alone or among the others."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

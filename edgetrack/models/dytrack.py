@@ -26,7 +26,6 @@ fine as the tokens', with a skip from the stem's fine features.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +39,9 @@ from edgetrack.models.heads import (
     search_grid,
 )
 from edgetrack.models.one_stream import OneStreamModel, TrunkConfig
-from edgetrack.models.segmented import State, read_config
+from edgetrack.models.segmented import State
 
-__all__ = ["CONFIGS", "DyTrack", "DyTrackConfig", "create"]
+__all__ = ["CONFIGS", "DyTrack", "DyTrackConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +84,6 @@ CONFIGS: dict[str, DyTrackConfig] = {
         drop_path=0.0,
     ),
 }
-
-
-def create(config: str | Mapping[str, Any]) -> "DyTrack":
-    """Make a model from the name of a variant or from a configuration as JSON holds it.
-
-    Raises:
-        ValueError: The configuration has an unknown key.
-    """
-    if isinstance(config, str):
-        return DyTrack(CONFIGS[config])
-    return DyTrack(read_config(DyTrackConfig, config, family=DyTrack.family))
 
 
 class BoxHead(nn.Module):
@@ -172,6 +160,7 @@ class DyTrack(OneStreamModel):
     has_heads = True
     operating_points = MappingProxyType({"medium": 0.3, "fast": 0.5, "base": 0.15})
     rules = GeneralDistributionModel.rules  # its published numbers were made with these
+    config_class = DyTrackConfig
     config: DyTrackConfig
 
     def __init__(self, config: DyTrackConfig) -> None:

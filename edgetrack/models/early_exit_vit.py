@@ -25,7 +25,6 @@ the last sees both.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,10 +37,9 @@ from edgetrack.models.heads import (
 )
 from edgetrack.models.layers import BatchNorm2d, ConvNormAct, ShuffleStem
 from edgetrack.models.one_stream import OneStreamModel, TrunkConfig
-from edgetrack.models.segmented import read_config
 from edgetrack.models.units import Gate, Side, Units, num_outputs
 
-__all__ = ["CONFIGS", "EarlyExitViT", "EarlyExitViTConfig", "create"]
+__all__ = ["CONFIGS", "EarlyExitViT", "EarlyExitViTConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +99,6 @@ CONFIGS: dict[str, EarlyExitViTConfig] = {
         drop_path=0.0,
     ),
 }
-
-
-def create(config: str | Mapping[str, Any]) -> "EarlyExitViT":
-    """Make a model from the name of a variant or from a configuration as JSON holds it.
-
-    Raises:
-        ValueError: The configuration has an unknown key.
-    """
-    if isinstance(config, str):
-        return EarlyExitViT(CONFIGS[config])
-    return EarlyExitViT(read_config(EarlyExitViTConfig, config, family=EarlyExitViT.family))
 
 
 class ExitPath(nn.Module):
@@ -245,6 +232,7 @@ class EarlyExitViT(OneStreamModel, GeneralDistributionModel):
         "Neurocomputing 661 (2026) 131888, doi 10.1016/j.neucom.2025.131888"
     )
 
+    config_class = EarlyExitViTConfig
     config: EarlyExitViTConfig
 
     def __init__(self, config: EarlyExitViTConfig) -> None:

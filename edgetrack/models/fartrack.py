@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from edgetrack.models.coordinates import CoordinateVocabulary, decode_coordinates
 from edgetrack.models.layers import Block
 from edgetrack.models.one_stream import OneStreamModel, TrunkConfig
-from edgetrack.models.segmented import State, read_config
+from edgetrack.models.segmented import State
 from edgetrack.models.template_bank import (
     choose_templates,
     enter_template,
@@ -50,7 +50,7 @@ from edgetrack.models.template_bank import (
     first_history,
 )
 
-__all__ = ["CONFIGS", "FARTrack", "FARTrackConfig", "create"]
+__all__ = ["CONFIGS", "FARTrack", "FARTrackConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,8 @@ class FARTrackConfig(TrunkConfig):
         num_bins: Coordinate bins over [-0.5, 1.5] of the search region.
         num_trajectory: Former boxes that are fed as tokens.
         min_update_score: A frame with a lower score adds no template; 0 is off.
+        norm_eps: Of the blocks' norms. The released sparse weights were trained with 1e-5.
+        geometry: ``CropSpec.geometry``; ``ostrack`` for published weights.
     """
 
     template_size_px: int = 112
@@ -80,6 +82,8 @@ class FARTrackConfig(TrunkConfig):
     num_bins: int = 600
     num_trajectory: int = 0
     min_update_score: float = 0.0
+    norm_eps: float = 1e-6
+    geometry: str = "edgetrack"
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
@@ -137,17 +141,6 @@ CONFIGS: dict[str, FARTrackConfig] = {
 }
 
 
-def create(config: str | Mapping[str, Any]) -> "FARTrack":
-    """Make a model from the name of a variant or from a configuration as JSON holds it.
-
-    Raises:
-        ValueError: The configuration has an unknown key, or a value that cannot be.
-    """
-    if isinstance(config, str):
-        return FARTrack(CONFIGS[config])
-    return FARTrack(read_config(FARTrackConfig, config, family="fartrack"))
-
-
 class FARTrack(OneStreamModel):
     """ViT tracker that reads its box from command tokens and renews its templates.
 
@@ -160,10 +153,14 @@ class FARTrack(OneStreamModel):
         "FARTrack: Fast Autoregressive Visual Tracking with High Performance, ICLR 2026, "
         "arXiv 2602.03214"
     )
+    config_class = FARTrackConfig
     config: FARTrackConfig
 
     def __init__(self, config: FARTrackConfig) -> None:
         super().__init__(config)
+        self.crops = replace(self.crops, geometry=config.geometry)
+        for block in self.backbone.blocks:
+            block.norm1.eps = block.norm2.eps = config.norm_eps
         # One vector per slot of the bank, and one for the search region.
         self.identity = nn.Parameter(torch.zeros(config.num_templates + 1, config.dim))
         nn.init.trunc_normal_(self.identity, std=0.02)

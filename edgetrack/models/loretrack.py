@@ -12,15 +12,12 @@ with its other exits left out, because a patch embedding learns nothing from lit
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from edgetrack.models import early_exit_vit, ostrack
 from edgetrack.models.early_exit_vit import EarlyExitViT, EarlyExitViTConfig
 from edgetrack.models.ostrack import OSTrack, OSTrackConfig
-from edgetrack.models.segmented import SegmentedModel, read_config
 
-__all__ = ["CONFIGS", "LoReTrack", "LoReTrackTiny", "create"]
+__all__ = ["CONFIGS", "LoReTrack", "LoReTrackTiny"]
 
 _PAPER = (
     "LoReTrack: Efficient and Accurate Low-Resolution Transformer Tracking, IROS 2025, "
@@ -47,18 +44,3 @@ CONFIGS: dict[str, EarlyExitViTConfig | OSTrackConfig] = {
     "tiny": dataclasses.replace(_TINY, exit_after=_TINY.exit_after[-1:]),
     "base": dataclasses.replace(ostrack.CONFIGS["256"], search_factor=5.0),
 }
-
-
-def create(config: str | Mapping[str, Any]) -> SegmentedModel:
-    """Make a model from the name of a variant or from a configuration as JSON holds it.
-
-    Raises:
-        ValueError: The configuration has an unknown key.
-    """
-    if isinstance(config, str):
-        made = CONFIGS[config]
-    elif config.get("stem") == "shuffle":
-        made = read_config(EarlyExitViTConfig, config, family="loretrack")
-    else:
-        made = read_config(OSTrackConfig, config, family="loretrack")
-    return LoReTrackTiny(made) if isinstance(made, EarlyExitViTConfig) else LoReTrack(made)

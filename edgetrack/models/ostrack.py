@@ -17,7 +17,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +24,9 @@ from torch import Tensor
 from edgetrack.models.heads import CenterHead, CenterMaps, decode_center, hann_window, search_grid
 from edgetrack.models.layers import Block
 from edgetrack.models.one_stream import OneStreamModel, TrunkConfig
-from edgetrack.models.segmented import State, read_config
+from edgetrack.models.segmented import State
 
-__all__ = ["CONFIGS", "OSTrack", "OSTrackConfig", "create"]
+__all__ = ["CONFIGS", "OSTrack", "OSTrackConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +71,6 @@ CONFIGS: dict[str, OSTrackConfig] = {
 }
 
 
-def create(config: str | Mapping[str, Any]) -> "OSTrack":
-    """Make a model from the name of a variant or from a configuration as JSON holds it.
-
-    Raises:
-        ValueError: The configuration has an unknown key.
-    """
-    if isinstance(config, str):
-        return OSTrack(CONFIGS[config])
-    return OSTrack(read_config(OSTrackConfig, config, family="ostrack"))
-
-
 class OSTrack(OneStreamModel):
     """One-stream ViT tracker with one exit.
 
@@ -95,6 +83,7 @@ class OSTrack(OneStreamModel):
         "Joint Feature Learning and Relation Modeling for Tracking: A One-Stream Framework, "
         "ECCV 2022, arXiv 2203.11991"
     )
+    config_class = OSTrackConfig
     config: OSTrackConfig
 
     def __init__(self, config: OSTrackConfig) -> None:

@@ -18,17 +18,46 @@ import torch
 from torch import Tensor
 
 from edgetrack.errors import CheckpointError
+from edgetrack.models.coordinates import NUM_COMMANDS, NUM_SPECIAL_WORDS
+from edgetrack.models.fartrack import FARTrack, FARTrackConfig
 from edgetrack.models.layers import ShuffleStem
 from edgetrack.models.loretrack import LoReTrack
 from edgetrack.models.ostrack import CONFIGS, OSTrack, OSTrackConfig
+from edgetrack.models.segmented import SegmentedModel
 
-__all__ = ["PublishedCheckpoint", "load_ostrack", "load_shuffle_stem", "read_checkpoint"]
+__all__ = [
+    "PublishedCheckpoint",
+    "load_fartrack",
+    "load_ostrack",
+    "load_shuffle_stem",
+    "read_checkpoint",
+]
 
 # What torch.load was seen to raise at damaged files.
 _UNREADABLE = (EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _UNUSED_BY_OSTRACK = ("backbone.cls_token", "backbone.pos_embed")
 _PATCH_KEY = "backbone.patch_embed.proj.weight"
 _PATCH_PX, _HEAD_DIM = 16, 64
+_OSTRACK_KEYS = "OSTrack checkpoint: expected the keys of a ViT trunk and a CENTER head"
+_FARTRACK_KEYS = (
+    "FARTrack checkpoint: expected the keys of a ViT trunk, identities and a vocabulary"
+)
+# What FARTrack's code makes and never reads.
+_UNUSED_BY_FARTRACK = (
+    "backbone.cls_token",
+    "backbone.pos_embed",
+    "backbone.pos_embed_z",
+    "backbone.pos_embed_z1",
+    "backbone.prev_position_embeddings.weight",
+)
+_FARTRACK_NAMES = {
+    "identity": "identity",
+    "backbone.pos_embed_z": "backbone.pos_embed_z0",
+    "vocabulary.word_embeddings": "backbone.word_embeddings.weight",
+    "vocabulary.position_embeddings": "backbone.position_embeddings.weight",
+    "vocabulary.output_bias": "backbone.output_bias",
+}
+_MASKED_NORM_EPS = 1e-5
 
 
 class _Inert:
@@ -145,7 +174,56 @@ def load_ostrack(
         eliminate_at=CONFIGS["256-ce"].eliminate_at if eliminates else (),
     )
     model = {"ostrack": OSTrack, "loretrack": LoReTrack}[family](config)
-    _load(model, weights)
+    _load(model, weights, expected=_OSTRACK_KEYS)
+    return model.eval()
+
+
+def load_fartrack(
+    checkpoint: PublishedCheckpoint, *, search_factor: float | None = None
+) -> FARTrack:
+    """A FARTrack with published weights, at its full depth and with one exit.
+
+    Names, shapes and arithmetic are those of the three releases of github.com/MIV-XJTU/FARTrack:
+    ``FARTrack``, ``FARTrackDistill`` and ``FARTrackSparse``. Of the last, the norms that its masked
+    forward pass uses are loaded, ``masknorm``, and tokens are dropped; the two others keep all.
+    Nano and Pico are the same weights cut short: ``cut(exit_after=(10,))`` and ``(6,)``.
+
+    What a frame says of given templates and given tokens is what the released code says. Which
+    tokens of a template stay, how long the bank remembers, and that special words are never an
+    answer, is as ``fartrack`` and ``template_bank`` say.
+
+    Args:
+        checkpoint: With FARTrack's names.
+        search_factor: Window of the search region over the root of the target's area; by default
+            what the checkpoint's settings say, else 4.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: Keys are missing, unknown or of another shape; they are named.
+    """
+    weights = {k: v for k, v in checkpoint.weights.items() if k not in _UNUSED_BY_FARTRACK}
+    is_sparse = any(".masknorm" in k for k in weights)
+    if is_sparse:
+        weights = {k: v for k, v in weights.items() if not re.search(r"\.norm[12]\.", k)}
+    factor = search_factor or _said(checkpoint.settings)[0] or FARTrackConfig.search_factor
+    config, num_blocks = _fartrack_config(weights, is_sparse=is_sparse)
+    model = FARTrack(dataclasses.replace(config, search_factor=float(factor)))
+
+    def published(name: str) -> str:
+        name = _FARTRACK_NAMES.get(name, name)
+        name = re.sub(r"(?<=\.)norm([12])\.", r"masknorm\1.norm.", name) if is_sparse else name
+        block = re.match(r"backbone\.blocks\.(\d+)\.", name)
+        if block is None or int(block[1]) < num_blocks:
+            return name
+        return f"backbone.extension.{int(block[1]) - num_blocks}.{name[block.end() :]}"
+
+    _load(model, weights, expected=_FARTRACK_KEYS, published=published)
+    if is_sparse:
+        # Its embedding layer shortens the words that are looked up, the commands, to a norm of 1.
+        words = model.vocabulary.word_embeddings.data[-NUM_SPECIAL_WORDS:][:NUM_COMMANDS]
+        words.renorm_(p=2, dim=0, maxnorm=1.0)
     return model.eval()
 
 
@@ -161,8 +239,7 @@ def _config_of(weights: Mapping[str, Tensor], *, family: str) -> OSTrackConfig:
     )
     if missing := [k for k in read if k not in weights]:
         raise CheckpointError(
-            f"OSTrack checkpoint: expected the keys of a ViT trunk and a CENTER head, got no "
-            f"{', '.join(missing)}; got {_some(weights)}"
+            f"{_OSTRACK_KEYS}, got no {', '.join(missing)}; got {_some(weights)}"
         )
     patch, positions_z, positions_x, hidden, *convolutions = (weights[k] for k in read)
     sizes = []

@@ -1,7 +1,8 @@
 """The families by name, and models made from a name and a configuration."""
 
+import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError
@@ -15,7 +16,15 @@ from edgetrack.models.units import narrow, read_widths
 
 __all__ = ["create_model", "list_models", "load_fitting_weights", "load_model"]
 
-_FAMILIES = ("dytrack", "early_exit_vit", "fartrack", "loretrack", "ostrack", "siamese_cnn")
+# Family → its models; of several, the one whose configuration has the keys is made.
+_FAMILIES = {
+    "dytrack": ("DyTrack",),
+    "early_exit_vit": ("EarlyExitViT",),
+    "fartrack": ("FARTrack",),
+    "loretrack": ("LoReTrack", "LoReTrackTiny"),
+    "ostrack": ("OSTrack",),
+    "siamese_cnn": ("SiameseCNN",),
+}
 
 
 def list_models() -> tuple[str, ...]:
@@ -42,16 +51,32 @@ def create_model(name: str, config: Mapping[str, Any] | None = None) -> Segmente
     if family not in _FAMILIES:
         raise ValueError(f"model: expected one of {list_models()}, got {name!r}")
     module = importlib.import_module(f"edgetrack.models.{family}")
-    if config is None and variant not in module.CONFIGS:
-        raise ValueError(f"model: expected one of {list_models()}, got {name!r}")
+    kinds = [getattr(module, kind) for kind in _FAMILIES[family]]
     if config is None:
-        wide: SegmentedModel = module.create(variant)
-        return wide
-    model: SegmentedModel = module.create({k: v for k, v in config.items() if k != "widths"})
+        if variant not in module.CONFIGS:
+            raise ValueError(f"model: expected one of {list_models()}, got {name!r}")
+        config = dataclasses.asdict(module.CONFIGS[variant])
+    architecture = {k: v for k, v in config.items() if k != "widths"}
+    model = _made_of(kinds, architecture, family=family)
     if widths := read_widths(config.get("widths", {})):
         narrow(model, widths)
         model.widths = widths
     return model
+
+
+def _made_of(
+    kinds: Sequence[type[SegmentedModel]], values: Mapping[str, Any], *, family: str
+) -> SegmentedModel:
+    """The first model whose configuration, a dataclass, has all keys of what JSON holds."""
+    known = [[f.name for f in dataclasses.fields(kind.config_class)] for kind in kinds]
+    fitting = [kind for kind, keys in zip(kinds, known, strict=True) if {*values} <= {*keys}]
+    if not fitting:
+        unknown = sorted({*values} - {*known[0]})
+        raise ValueError(f"{family}: expected keys among {sorted(known[0])}, got {unknown}")
+    config_class = fitting[0].config_class
+    return fitting[0](
+        config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    )
 
 
 def load_model(bundle: Bundle) -> SegmentedModel:

@@ -21,28 +21,15 @@ What does not fit together is refused when the bundle is written, with the names
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from edgetrack.bundle import CropSpec
 
-__all__ = ["SegmentedModel", "State", "read_config"]
+__all__ = ["SegmentedModel", "State"]
 
 State = dict[str, Tensor]
-ConfigT = TypeVar("ConfigT")
-
-
-def read_config(kind: type[ConfigT], values: Mapping[str, Any], *, family: str) -> ConfigT:
-    """A family's configuration, a dataclass, from what JSON holds of it.
-
-    Raises:
-        ValueError: It has an unknown key, or a value that cannot be.
-    """
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{family}: expected keys among {sorted(known)}, got {unknown}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 class SegmentedModel(nn.Module):
@@ -51,7 +38,8 @@ class SegmentedModel(nn.Module):
     Attributes:
         family: Name of the family: its module in ``edgetrack.models``.
         paper: Title, venue, identifier.
-        config: The family's configuration, a dataclass.
+        config_class: Type of ``config``, a dataclass.
+        config: The family's configuration.
         widths: Sets of units that were narrowed (see ``models.units``) → what is left of each.
         crops: Crop sizes and factors.
         num_exits: Number of segments.
@@ -70,6 +58,7 @@ class SegmentedModel(nn.Module):
 
     family: ClassVar[str]
     paper: ClassVar[str]
+    config_class: ClassVar[type]
     config: Any
     widths: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     crops: CropSpec

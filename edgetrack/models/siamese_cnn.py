@@ -14,7 +14,6 @@ easy frames pay neither for the coarser half of the stem nor for the stages behi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,11 @@ from edgetrack.bundle import CropSpec
 from edgetrack.models.general_distribution import GeneralDistributionModel
 from edgetrack.models.heads import GeneralDistributionHead, hann_window
 from edgetrack.models.layers import BatchNorm2d, ConvNormAct, ShuffleStem, normalise
-from edgetrack.models.segmented import State, read_config
+from edgetrack.models.segmented import State
 from edgetrack.models.trunk import MAP_CHANNELS, CorrelationMaps
 from edgetrack.models.units import Units, channels_between
 
-__all__ = ["CONFIGS", "SiameseCNN", "SiameseCNNConfig", "create"]
+__all__ = ["CONFIGS", "SiameseCNN", "SiameseCNNConfig"]
 
 FINE_STRIDE, COARSE_STRIDE = 8, 16
 
@@ -73,17 +72,6 @@ class SiameseCNNConfig:
 
 
 CONFIGS: dict[str, SiameseCNNConfig] = {"tiny": SiameseCNNConfig()}
-
-
-def create(config: str | Mapping[str, Any]) -> "SiameseCNN":
-    """Make a model from the name of a variant or from a configuration as JSON holds it.
-
-    Raises:
-        ValueError: The configuration has an unknown key.
-    """
-    if isinstance(config, str):
-        return SiameseCNN(CONFIGS[config])
-    return SiameseCNN(read_config(SiameseCNNConfig, config, family=SiameseCNN.family))
 
 
 class Bottleneck(nn.Module):
@@ -149,6 +137,8 @@ class SiameseCNN(GeneralDistributionModel):
         "A house model after SiamFC, arXiv 1606.09549; the CNN of a comparison after "
         "On Designing Light-Weight Object Trackers Through Network Pruning, arXiv 2211.13769"
     )
+    config_class = SiameseCNNConfig
+    config: SiameseCNNConfig
 
     def __init__(self, config: SiameseCNNConfig) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ are cut from that on the device.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from torch import Tensor
 from edgetrack.train.augment import Augmentation, Changes
 from edgetrack.train.image_store import ImageStore
 from edgetrack.train.plan import Backdrops, CropPlan
-from edgetrack.train.sampling import PairSampler
+from edgetrack.train.sampling import PairSampler, one_ahead
 from edgetrack.train.views import (
     Layers,
     Views,
@@ -57,13 +57,9 @@ class RunSampler:
         Yields:
             What ``batch`` returns.
         """
-        with ThreadPoolExecutor(1) as ahead:
-            steps = iter(range(first_step, first_step + num_steps))
-            plans = (ahead.submit(self._plan, s, rank=rank, num_ranks=num_ranks) for s in steps)
-            following = next(plans, None)
-            while following is not None:
-                plan, following = following.result(), next(plans, None)
-                yield self._render(*plan)
+        plan = partial(self._plan, rank=rank, num_ranks=num_ranks)
+        for planned in one_ahead(plan, range(first_step, first_step + num_steps)):
+            yield self._render(*planned)
 
     def batch(self, step: int, *, rank: int = 0, num_ranks: int = 1) -> dict[str, Tensor]:
         """Make the rows ``rank::num_ranks`` of batch ``step``, from ``(seed, step)`` alone.

@@ -7,10 +7,11 @@ its rows on its device.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,10 @@ from edgetrack.train.render import Scene, render
 from edgetrack.train.targets import DEFAULT_MIX
 from edgetrack.train.views import Views, rows_of
 
-__all__ = ["DEFAULT_MIX", "Batches", "PairSampler", "PlannedBatch"]
+__all__ = ["DEFAULT_MIX", "Batches", "PairSampler", "PlannedBatch", "one_ahead"]
 
 Int64Array = npt.NDArray[np.int64]
+Planned = TypeVar("Planned")
 
 
 class Batches(Protocol):
@@ -113,13 +115,8 @@ class PairSampler:
         Yields:
             What ``batch`` returns.
         """
-        with ThreadPoolExecutor(1) as ahead:
-            steps = iter(range(first_step, first_step + num_steps))
-            plans = (ahead.submit(self.plan, s, rank=rank, num_ranks=num_ranks) for s in steps)
-            following = next(plans, None)
-            while following is not None:
-                plan, following = following.result(), next(plans, None)
-                yield self.render(plan)
+        plan = partial(self.plan, rank=rank, num_ranks=num_ranks)
+        yield from map(self.render, one_ahead(plan, range(first_step, first_step + num_steps)))
 
     def plan(self, step: int, *, rank: int = 0, num_ranks: int = 1) -> PlannedBatch:
         """Decide all that is random in a batch, and decode the frames that its rows need."""
@@ -204,6 +201,16 @@ class PairSampler:
         view = replace(crop.view, image=numbered(crop.view.image))
         backdrop = replace(crop.backdrop, image=numbered(crop.backdrop.image))
         return replace(crop, view=view, backdrop=backdrop)
+
+
+def one_ahead(plan: Callable[[int], Planned], steps: Iterable[int]) -> Iterator[Planned]:
+    """Like ``map``, with the next step planned in a thread while the caller uses this one."""
+    with ThreadPoolExecutor(1) as ahead:
+        plans = (ahead.submit(plan, step) for step in steps)
+        following = next(plans, None)
+        while following is not None:
+            planned, following = following.result(), next(plans, None)
+            yield planned
 
 
 def _render(crop: CropPlan, stores: tuple[ImageStore, ...], *, size_px: int) -> Tensor:

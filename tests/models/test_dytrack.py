@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgetrack.models.dytrack import CONFIGS, DyTrack, DyTrackConfig, create
+from edgetrack.models.dytrack import CONFIGS, DyTrack, DyTrackConfig
 from edgetrack.models.heads import decode_center
 from edgetrack.models.registry import create_model
 from edgetrack.models.segmented import State
@@ -248,7 +248,7 @@ def test_samples_of_a_batch_do_not_mix(model: DyTrack) -> None:
 def test_a_config_survives_json(model: DyTrack) -> None:
     config = json.loads(json.dumps(model.config_dict))
 
-    again = create(config)
+    again = create_model("dytrack", config)
 
     assert again.config == model.config
     again.load_state_dict(model.state_dict())
@@ -272,7 +272,7 @@ def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: st
 
 def test_a_config_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^dytrack: expected keys among .*got \['widht'\]"):
-        create({"widht": 3})
+        create_model("dytrack", {"widht": 3})
 
 
 def gmacs_per_exit(model: DyTrack) -> list[float]:

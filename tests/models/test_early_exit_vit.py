@@ -10,7 +10,7 @@ from small_models import PATCH, PRIOR, make_inputs, make_model
 from torch import Tensor
 from torch.testing import assert_close
 
-from edgetrack.models.early_exit_vit import CONFIGS, EarlyExitViT, EarlyExitViTConfig, create
+from edgetrack.models.early_exit_vit import CONFIGS, EarlyExitViT, EarlyExitViTConfig
 from edgetrack.models.heads import decode_answer, search_grid
 from edgetrack.models.registry import create_model
 from edgetrack.models.segmented import State
@@ -223,7 +223,7 @@ def test_stage_1_reaches_the_trunk_and_the_last_exit_and_no_other(
 def test_a_config_survives_json(model: EarlyExitViT) -> None:
     config = json.loads(json.dumps(model.config_dict))
 
-    again = create(config)
+    again = create_model("early_exit_vit", config)
 
     assert again.config == model.config
     again.load_state_dict(model.state_dict())
@@ -231,7 +231,7 @@ def test_a_config_survives_json(model: EarlyExitViT) -> None:
 
 def test_a_config_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^early_exit_vit: expected keys among .*got \['widht'\]"):
-        create({"widht": 3})
+        create_model("early_exit_vit", {"widht": 3})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgetrack.models.coordinates import decode_coordinates
-from edgetrack.models.fartrack import CONFIGS, FARTrack, FARTrackConfig, create
+from edgetrack.models.fartrack import CONFIGS, FARTrack, FARTrackConfig
 from edgetrack.models.registry import create_model
 from edgetrack.models.segmented import State
 
@@ -412,7 +412,7 @@ def test_every_slot_counts(model: FARTrack) -> None:
 def test_a_config_survives_json(config: FARTrackConfig) -> None:
     model = make_fartrack(config)
 
-    again = create(json.loads(json.dumps(model.config_dict)))
+    again = create_model("fartrack", json.loads(json.dumps(model.config_dict)))
 
     assert again.config == config
     again.load_state_dict(model.state_dict())

@@ -8,7 +8,7 @@ from small_models import PRIOR, make_inputs, randomise_norms
 from edgetrack.models import early_exit_vit, ostrack
 from edgetrack.models.adapt import adapt_weights
 from edgetrack.models.early_exit_vit import EarlyExitViT
-from edgetrack.models.loretrack import CONFIGS, LoReTrack, LoReTrackTiny, create
+from edgetrack.models.loretrack import CONFIGS, LoReTrack, LoReTrackTiny
 from edgetrack.models.ostrack import OSTrack
 from edgetrack.models.registry import create_model
 
@@ -17,7 +17,9 @@ def test_base_is_an_ostrack_at_its_teachers_search_factor() -> None:
     base, teacher = CONFIGS["base"], ostrack.CONFIGS["384"]
 
     assert dataclasses.replace(base, template_size_px=192, search_size_px=384) == teacher
-    assert isinstance(create(dataclasses.asdict(dataclasses.replace(base, dim=24))), LoReTrack)
+    assert isinstance(
+        create_model("loretrack", dataclasses.asdict(dataclasses.replace(base, dim=24))), LoReTrack
+    )
 
 
 def test_tiny_is_the_last_exit_of_an_early_exit_vit_with_its_weights() -> None:
@@ -64,7 +66,7 @@ def test_a_config_survives_json(variant: str) -> None:
     if variant == "base":
         config = dataclasses.replace(config, dim=24)
 
-    again = create(json.loads(json.dumps(dataclasses.asdict(config))))
+    again = create_model("loretrack", json.loads(json.dumps(dataclasses.asdict(config))))
 
     assert again.config == config
     assert again.family == "loretrack"

@@ -10,7 +10,7 @@ from tolerances import FROM_TWIN
 from torch import Tensor
 from torch.testing import assert_close
 
-from edgetrack.models.ostrack import CONFIGS, OSTrack, OSTrackConfig, create
+from edgetrack.models.ostrack import CONFIGS, OSTrack, OSTrackConfig
 from edgetrack.models.published import PublishedCheckpoint, load_ostrack
 from edgetrack.models.registry import create_model
 from edgetrack.train.losses import LossWeights, center_loss
@@ -155,7 +155,7 @@ def test_the_loss_reaches_every_parameter(config: OSTrackConfig) -> None:
 
 @BOTH
 def test_a_config_survives_json(config: OSTrackConfig) -> None:
-    again = create(json.loads(json.dumps(OSTrack(config).config_dict)))
+    again = create_model("ostrack", json.loads(json.dumps(OSTrack(config).config_dict)))
 
     assert again.config == config
 

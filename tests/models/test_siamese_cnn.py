@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from edgetrack.models.registry import create_model
 from edgetrack.models.segmented import State
-from edgetrack.models.siamese_cnn import CONFIGS, SiameseCNN, SiameseCNNConfig, create
+from edgetrack.models.siamese_cnn import CONFIGS, SiameseCNN, SiameseCNNConfig
 from edgetrack.train.losses import LossWeights, tracking_loss
 
 # Exit by exit: cx, cy, w, h, score and uncertainty of the model of ``golden_model``.
@@ -165,7 +165,7 @@ def test_one_stage_is_a_model_with_one_exit() -> None:
 
 
 def test_a_config_survives_json(model: SiameseCNN) -> None:
-    again = create(json.loads(json.dumps(model.config_dict)))
+    again = create_model("siamese_cnn", json.loads(json.dumps(model.config_dict)))
 
     assert again.config == model.config
     again.load_state_dict(model.state_dict())
@@ -187,7 +187,7 @@ def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: st
 
 def test_a_config_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^siamese_cnn: expected keys among .*got \['widht'\]"):
-        create({"widht": 3})
+        create_model("siamese_cnn", {"widht": 3})
 
 
 def test_tiny_runs_at_its_own_crop_sizes_on_the_stem_of_early_exit_vit() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import torch
 from bench_quantization import engines_of, segment_ms
-from study import RESULTS, score, train_and_export
+from study import RESULTS, num_parameters, score, train_and_export
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgetrack.bundle import Bundle
@@ -104,10 +104,6 @@ def prune_all(name: str, args: argparse.Namespace) -> None:
         (folder / f"trunk-{budget:g}.json").write_text(json.dumps(sizes), "utf-8")
         # Last: its manifest says that this budget is done.
         export_pruned(dense, tuned, pruned, output, budget=budget, samples=args.tune)
-
-
-def num_parameters(model: SegmentedModel) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from edgetrack.data.sequences import Sequence as LabelledSequence
 from edgetrack.data.synthetic import render_clip
 from edgetrack.evaluate.protocols import SequenceResult, evaluate_sequence
 from edgetrack.export import export_bundle
+from edgetrack.models.segmented import SegmentedModel
 from edgetrack.runtime.policies import ExitPolicy
 from edgetrack.runtime.target import TargetRules
 from edgetrack.train.recipes import Recipe
@@ -97,20 +98,28 @@ def score(
 
 
 def time_in_turns(
-    bundles: dict[str, Bundle], *, num_updates: int, num_rounds: int
-) -> dict[str, float]:
-    """Median ms of an update of each bundle; in every round each has its turn."""
+    bundles: Mapping[str, Bundle], *, num_updates: int, num_rounds: int
+) -> dict[str, tuple[float, ...]]:
+    """Median ms of an update that stops at each exit; in every round each has its turn.
+
+    Returns:
+        Name → as many as the bundle has exits.
+    """
     frames = list(render_clip(num_frames=num_updates + 1))
-    times: dict[str, list[float]] = {name: [] for name in bundles}
+    times: dict[str, list[list[float]]] = {k: [[] for _ in b.segments] for k, b in bundles.items()}
     for _ in range(num_rounds):
         for name, bundle in bundles.items():
-            policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
-            with edgetrack.Tracker(
-                bundle, backend="onnxruntime", exit_policy=policy, num_threads=1
-            ) as tracker:
-                tracker.init(frames[0][0], frames[0][1].tolist())
-                times[name] += [tracker.update(frame).latency_ms for frame, _ in frames[1:]]
-    return {name: statistics.median(values) for name, values in times.items()}
+            with edgetrack.Tracker(bundle, backend="onnxruntime", num_threads=1) as tracker:
+                for index, at_exit in enumerate(times[name]):
+                    tracker.exit_policy = ExitPolicy.fixed(index, num_exits=bundle.num_exits)
+                    tracker.init(frames[0][0], frames[0][1].tolist())
+                    at_exit += [tracker.update(frame).latency_ms for frame, _ in frames[1:]]
+    return {name: tuple(map(statistics.median, at_exits)) for name, at_exits in times.items()}
+
+
+def num_parameters(model: SegmentedModel) -> int:
+    """Trainable or not; statistics of batch norms are none."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def _is_of(folder: Path, recipe: Recipe) -> bool:

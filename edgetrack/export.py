@@ -45,7 +45,7 @@ def export_bundle(
     operating_point: str,
     provenance: Mapping[str, Any],
     licence: str,
-    criterion: str = "entropy",
+    criterion: str | None = None,
     rules: Mapping[str, float] = MappingProxyType({}),
 ) -> Bundle:
     """Write a bundle; a failed export leaves what was there before.
@@ -58,7 +58,8 @@ def export_bundle(
         operating_point: The default one.
         provenance: Data, recipe, samples seen, metrics: whatever JSON can hold.
         licence: What the weights may be used for.
-        criterion: What the thresholds are compared with (see ``runtime.policies``).
+        criterion: What the thresholds are compared with (see ``runtime.policies``); ``None`` is
+            what the model's own are.
         rules: How answers become the target's state (see ``runtime.target``).
 
     Raises:
@@ -87,7 +88,7 @@ def export_bundle(
             segments=tuple(graphs[f"segment_{k}"] for k in range(model.num_exits)),
             operating_points={k: tuple(v) for k, v in operating_points.items()},
             operating_point=operating_point,
-            criterion=criterion,
+            criterion=model.criterion if criterion is None else criterion,
             rules=dict(rules),
             provenance=provenance,
             licence=licence,

@@ -48,7 +48,15 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's")] = None,
     samples: Annotated[
-        str | None, typer.Option(help="Pairs of each stage instead of the recipe's: N,M")
+        str | None,
+        typer.Option(help="Pairs of each stage instead of the recipe's: N,M, or N for all"),
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Pairs per step instead of the recipe's, of all processes together: N,M, or N for "
+            "all stages; the learning rate stays"
+        ),
     ] = None,
     search_size: Annotated[
         str | None,
@@ -83,7 +91,15 @@ def train(
     if seed is not None:
         chosen = dataclasses.replace(chosen, seed=seed)
     if samples is not None:
-        chosen = dataclasses.replace(chosen, stages=_with_samples(chosen.stages, samples))
+        chosen = dataclasses.replace(chosen, stages=_with(chosen.stages, samples=samples))
+    if batch_size is not None:
+        chosen = dataclasses.replace(chosen, stages=_with(chosen.stages, batch_size=batch_size))
+    if any(stage.batch_size % processes for stage in chosen.stages):
+        raise typer.BadParameter(
+            f"expected a divisor of the batch size {[s.batch_size for s in chosen.stages]}, "
+            f"got {processes}",
+            param_hint="--processes",
+        )
     sources = [parse_source(text) for text in data]
     for name, root in sources:
         if not root.is_dir():
@@ -165,8 +181,12 @@ def export(
         typer.Option(help="Operating point name=t0,t1: thresholds per exit but the last; repeat"),
     ] = None,
     criterion: Annotated[
-        str, typer.Option(help="What thresholds are compared with: entropy, score or combined")
-    ] = "entropy",
+        str | None,
+        typer.Option(
+            help="What thresholds are compared with: entropy, score or combined "
+            "[default: the family's]"
+        ),
+    ] = None,
     rules: Annotated[
         str | None,
         typer.Option(
@@ -202,7 +222,8 @@ def export(
         from edgetrack.train.loop import load_trained
         from edgetrack.train.run import read_provenance
 
-    check_criterion(criterion)
+    if criterion is not None:
+        check_criterion(criterion)
     target_rules = None if rules is None else parse_rules(rules)
     model = _cut(load_trained(run), exits=exits, retention=retention)
     provenance = read_provenance(run)
@@ -300,15 +321,19 @@ def _parse_mix(text: str) -> dict[str, float]:
         ) from None
 
 
-def _with_samples(stages: "tuple[Stage, ...]", text: str) -> "tuple[Stage, ...]":
+def _with(stages: "tuple[Stage, ...]", **texts: str) -> "tuple[Stage, ...]":
+    """Stages with one of their numbers changed: one for all, or one per stage."""
+    ((name, text),) = texts.items()
     try:
-        pairs = zip(stages, (int(v) for v in text.split(",")), strict=True)
-        return tuple(dataclasses.replace(stage, samples=samples) for stage, samples in pairs)
+        numbers = [int(v) for v in text.split(",")]
+        numbers *= len(stages) if len(numbers) == 1 else 1
+        pairs = zip(stages, numbers, strict=True)
+        return tuple(dataclasses.replace(stage, **{name: number}) for stage, number in pairs)
     except ValueError:
         raise typer.BadParameter(
-            f"expected {len(stages)} whole numbers of at least 1, one per stage, such as "
-            f"{','.join(str(s.samples) for s in stages)}, got {text!r}",
-            param_hint="--samples",
+            f"expected a whole number of at least 1, or {len(stages)}, one per stage, such as "
+            f"{','.join(str(getattr(s, name)) for s in stages)}, got {text!r}",
+            param_hint=f"--{name.replace('_', '-')}",
         ) from None
 
 

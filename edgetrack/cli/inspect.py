@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgetrack.cli.options import JsonOption, parse_bbox, print_json, print_table
-from edgetrack.cli.tables import print_gate
+from edgetrack.cli.tables import print_gate, when_to_stop
 from edgetrack.errors import BundleError
 
 if TYPE_CHECKING:
@@ -242,10 +242,7 @@ def _inspect_bundle(path: Path | None, *, as_json: bool) -> None:
     typer.echo(f"paper: {bundle.paper}")
     for name, thresholds in bundle.operating_points.items():
         default = " (default)" if name == bundle.operating_point else ""
-        below = ", ".join(f"{t:.4g}" for t in thresholds)
-        typer.echo(
-            f"operating point {name}{default}: stop where {bundle.criterion} is below {below}"
-        )
+        typer.echo(f"operating point {name}{default}: {when_to_stop(bundle.criterion, thresholds)}")
     rules = ", ".join(f"{name} {value:g}" for name, value in bundle.rules.items())
     typer.echo(f"rules: {rules or 'none'}")
     if bundle.carried:

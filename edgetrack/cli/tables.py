@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from edgetrack.bench import BenchReport, Energy, EnergyPerFrame, Gpu, Percentiles
     from edgetrack.power import Clock, MachineState
 
-__all__ = ["print_bench", "print_gate"]
+__all__ = ["print_bench", "print_gate", "when_to_stop"]
 
 _UNKNOWN = "unknown"
+_COMPARED = {
+    "entropy": "entropy",
+    "score": "1 - score",
+    "combined": "the mean of entropy and 1 - score",
+}
 
 
 def print_bench(report: "BenchReport", source: str, machine: Mapping[str, str]) -> None:
@@ -38,9 +43,8 @@ def print_bench(report: "BenchReport", source: str, machine: Mapping[str, str]) 
     _print_state(report.before, report.after)
     total = sum(report.exit_histogram)
     shares = ", ".join(f"{k}: {n / total:.0%}" for k, n in enumerate(report.exit_histogram))
-    thresholds = ", ".join(f"{t:g}" for t in setup["thresholds"])
     typer.echo(f"fps {report.fps:.0f} (updates over the seconds spent in them)")
-    typer.echo(f"exits {shares}; stop where {setup['criterion']} is below {thresholds}")
+    typer.echo(f"exits {shares}; {when_to_stop(setup['criterion'], setup['thresholds'])}")
     memory = f"peak memory {report.peak_memory_mb:.0f} MB"
     if report.gpu is not None:
         memory += f"; GPU memory {report.gpu.memory_bytes / 1e6:.1f} MB, engines not counted"
@@ -93,6 +97,14 @@ def print_gate(gate: Mapping[str, Any], title: str) -> None:
         unfitted = agreement["exits_unfitted"][point]
         typer.echo(f"  {point}: {share:.1%}, by the bundle's own thresholds {unfitted:.1%}")
     typer.echo(gate["sentence"])
+
+
+def when_to_stop(criterion: str, thresholds: Sequence[float]) -> str:
+    """An exit policy in words."""
+    if not thresholds:
+        return "there is one exit"
+    below = ", ".join(f"{t:.4g}" for t in thresholds)
+    return f"stop where {_COMPARED[criterion]} is below {below}"
 
 
 def _beside(*numbers: float | None, digits: int = 2) -> str:

@@ -159,6 +159,7 @@ class DyTrack(OneStreamModel):
     )
     has_heads = True
     operating_points = MappingProxyType({"medium": 0.3, "fast": 0.5, "base": 0.15})
+    criterion = "score"
     rules = GeneralDistributionModel.rules  # its published numbers were made with these
     config_class = DyTrackConfig
     config: DyTrackConfig

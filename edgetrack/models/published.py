@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -161,7 +161,7 @@ def load_ostrack(
         CheckpointError: Keys are missing, unknown or of another shape; they are named.
     """
     weights = {k: v for k, v in checkpoint.weights.items() if k not in _UNUSED_BY_OSTRACK}
-    config = _config_of(weights, family=family)
+    config = _ostrack_config(weights, family=family)
     said_factor, said_eliminating = _said(checkpoint.settings)
     factor = search_factor or said_factor or config.search_factor
     eliminates = said_eliminating if is_eliminating is None else is_eliminating
@@ -204,73 +204,115 @@ def load_fartrack(
         CheckpointError: Keys are missing, unknown or of another shape; they are named.
     """
     weights = {k: v for k, v in checkpoint.weights.items() if k not in _UNUSED_BY_FARTRACK}
-    is_sparse = any(".masknorm" in k for k in weights)
+    is_sparse = _is_sparse(weights)
     if is_sparse:
         weights = {k: v for k, v in weights.items() if not re.search(r"\.norm[12]\.", k)}
-    factor = search_factor or _said(checkpoint.settings)[0] or FARTrackConfig.search_factor
-    config, num_blocks = _fartrack_config(weights, is_sparse=is_sparse)
+    config = _fartrack_config(weights)
+    factor = search_factor or _said(checkpoint.settings)[0] or config.search_factor
     model = FARTrack(dataclasses.replace(config, search_factor=float(factor)))
+    num_blocks = _count(weights, "blocks")
 
     def published(name: str) -> str:
         name = _FARTRACK_NAMES.get(name, name)
-        name = re.sub(r"(?<=\.)norm([12])\.", r"masknorm\1.norm.", name) if is_sparse else name
+        if is_sparse:
+            name = re.sub(r"\.norm([12])\.", r".masknorm\1.norm.", name)
         block = re.match(r"backbone\.blocks\.(\d+)\.", name)
         if block is None or int(block[1]) < num_blocks:
             return name
         return f"backbone.extension.{int(block[1]) - num_blocks}.{name[block.end() :]}"
 
+    weights["identity"] = weights["identity"][0]
     _load(model, weights, expected=_FARTRACK_KEYS, published=published)
     if is_sparse:
-        # Its embedding layer shortens the words that are looked up, the commands, to a norm of 1.
-        words = model.vocabulary.word_embeddings.data[-NUM_SPECIAL_WORDS:][:NUM_COMMANDS]
-        words.renorm_(p=2, dim=0, maxnorm=1.0)
+        # Its embedding layer shortens the words that it looks up, the commands, to a norm of 1.
+        commands = slice(config.num_bins, config.num_bins + NUM_COMMANDS)
+        model.vocabulary.word_embeddings.data[commands].renorm_(2, 0, 1.0)
     return model.eval()
 
 
-def _config_of(weights: Mapping[str, Tensor], *, family: str) -> OSTrackConfig:
+def _ostrack_config(weights: Mapping[str, Tensor], *, family: str) -> OSTrackConfig:
     """The architecture that weights of OSTrack's names have."""
-    blocks = {int(m[1]) for k in weights if (m := re.match(r"backbone\.blocks\.(\d+)\.", k))}
-    read = (
-        _PATCH_KEY,
-        "backbone.pos_embed_z",
-        "backbone.pos_embed_x",
-        "backbone.blocks.0.mlp.fc1.weight",
-        *(f"box_head.conv{layer}_ctr.0.weight" for layer in range(1, 5)),
+    convolutions = tuple(f"box_head.conv{layer}_ctr.0.weight" for layer in range(1, 5))
+    trunk = _trunk_of(weights, _OSTRACK_KEYS, template="pos_embed_z", others=convolutions)
+    is_ostrack_256 = (
+        family == "ostrack" and trunk["search_size_px"] == CONFIGS["256"].search_size_px
     )
-    if missing := [k for k in read if k not in weights]:
+    return OSTrackConfig(
+        **trunk,
+        search_factor=CONFIGS["256" if is_ostrack_256 else "384"].search_factor,
+        exit_after=(_count(weights, "blocks"),),
+        head_channels=tuple(weights[name].shape[0] for name in convolutions),
+    )
+
+
+def _fartrack_config(weights: Mapping[str, Tensor]) -> FARTrackConfig:
+    """The architecture that weights of FARTrack's names have."""
+    others = ("identity", _FARTRACK_NAMES["vocabulary.word_embeddings"])
+    trunk = _trunk_of(weights, _FARTRACK_KEYS, template="pos_embed_z0", others=others)
+    identity, words = (weights[name] for name in others)
+    if identity.ndim != 3 or len(identity) != 1 or words.ndim != 2:
         raise CheckpointError(
-            f"{_OSTRACK_KEYS}, got no {', '.join(missing)}; got {_some(weights)}"
+            f"{_FARTRACK_KEYS}, identity of (1, slots + 1, width) and words of (bins + "
+            f"{NUM_SPECIAL_WORDS}, width), got {tuple(identity.shape)} and {tuple(words.shape)}"
         )
-    patch, positions_z, positions_x, hidden, *convolutions = (weights[k] for k in read)
+    is_sparse = _is_sparse(weights)
+    return FARTrackConfig(
+        **trunk,
+        exit_after=(_count(weights, "blocks") + _count(weights, "extension"),),
+        num_templates=identity.shape[1] - 1,
+        num_bins=len(words) - NUM_SPECIAL_WORDS,
+        retention=FARTrackConfig.retention if is_sparse else 1.0,
+        norm_eps=_MASKED_NORM_EPS if is_sparse else FARTrackConfig.norm_eps,
+        geometry="ostrack",
+    )
+
+
+def _trunk_of(
+    weights: Mapping[str, Tensor], expected: str, *, template: str, others: tuple[str, ...]
+) -> dict[str, Any]:
+    """Sizes and widths of a ViT trunk, as keywords of a ``TrunkConfig``.
+
+    Args:
+        weights: By published names.
+        expected: How errors begin.
+        template: The positions of template tokens.
+        others: Names that the caller reads besides.
+    """
+    tables = (f"backbone.{template}", "backbone.pos_embed_x")
+    read = (_PATCH_KEY, *tables, "backbone.blocks.0.mlp.fc1.weight")
+    if missing := [k for k in (*read, *others) if k not in weights]:
+        raise CheckpointError(f"{expected}, got no {', '.join(missing)}; got {_some(weights)}")
     sizes = []
-    for name, positions in (("pos_embed_z", positions_z), ("pos_embed_x", positions_x)):
-        is_square = (
-            positions.ndim == 3 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
-        )
-        if not is_square:
-            raise CheckpointError(
-                f"OSTrack checkpoint: expected backbone.{name} of (1, n * n, width), got "
-                f"{tuple(positions.shape)}"
-            )
-        sizes.append(math.isqrt(positions.shape[1]) * _PATCH_PX)
+    for name in tables:
+        shape = tuple(weights[name].shape)
+        if len(shape) != 3 or math.isqrt(shape[1]) ** 2 != shape[1]:
+            raise CheckpointError(f"{expected}, {name} of (1, n * n, width), got {shape}")
+        sizes.append(math.isqrt(shape[1]) * _PATCH_PX)
+    patch, hidden = weights[_PATCH_KEY], weights[read[-1]]
     dim = patch.shape[0]
     if tuple(patch.shape) != (dim, 3, _PATCH_PX, _PATCH_PX) or dim % _HEAD_DIM or hidden.ndim != 2:
         raise CheckpointError(
-            f"OSTrack checkpoint: expected {_PATCH_KEY} of (n * {_HEAD_DIM}, 3, {_PATCH_PX}, "
-            f"{_PATCH_PX}) and matrices in the MLP, got {tuple(patch.shape)} and "
-            f"{tuple(hidden.shape)}"
+            f"{expected}, {_PATCH_KEY} of (n * {_HEAD_DIM}, 3, {_PATCH_PX}, {_PATCH_PX}) and "
+            f"matrices in the MLP, got {tuple(patch.shape)} and {tuple(hidden.shape)}"
         )
-    is_ostrack_256 = family == "ostrack" and sizes[1] == CONFIGS["256"].search_size_px
-    return OSTrackConfig(
-        template_size_px=sizes[0],
-        search_size_px=sizes[1],
-        search_factor=CONFIGS["256" if is_ostrack_256 else "384"].search_factor,
-        dim=dim,
-        num_heads=dim // _HEAD_DIM,
-        mlp_ratio=hidden.shape[0] / dim,
-        exit_after=(max(blocks) + 1,),
-        head_channels=tuple(conv.shape[0] for conv in convolutions),
-    )
+    return {
+        "template_size_px": sizes[0],
+        "search_size_px": sizes[1],
+        "dim": dim,
+        "num_heads": dim // _HEAD_DIM,
+        "mlp_ratio": hidden.shape[0] / dim,
+    }
+
+
+def _count(weights: Mapping[str, Tensor], stack: str) -> int:
+    """Blocks of ``backbone.<stack>``."""
+    found = (re.match(rf"backbone\.{stack}\.(\d+)\.", name) for name in weights)
+    return max((int(m[1]) + 1 for m in found if m), default=0)
+
+
+def _is_sparse(weights: Mapping[str, Tensor]) -> bool:
+    """Whether they are those of ``FARTrackSparse``."""
+    return any(".masknorm" in name for name in weights)
 
 
 def _said(settings: Mapping[str, Any]) -> tuple[float | None, bool]:
@@ -281,23 +323,35 @@ def _said(settings: Mapping[str, Any]) -> tuple[float | None, bool]:
     return (factor if isinstance(factor, (int, float)) else None), is_eliminating
 
 
-def _load(model: OSTrack, weights: Mapping[str, Tensor]) -> None:
+def _load(
+    model: SegmentedModel,
+    weights: Mapping[str, Tensor],
+    *,
+    expected: str,
+    published: Callable[[str], str] = str,
+) -> None:
+    """Load all weights into all parameters.
+
+    Args:
+        model: Written.
+        weights: By published names.
+        expected: How errors begin.
+        published: A parameter's name → its published name.
+    """
     ours = model.state_dict()
+    names = {published(name): name for name in ours}
     found = {
-        "missing": [k for k in ours if k not in weights],
-        "unknown": [k for k in weights if k not in ours],
+        "missing": [k for k in names if k not in weights],
+        "unknown": [k for k in weights if k not in names],
         "other shape": [
-            f"{k} {tuple(weights[k].shape)} instead of {tuple(v.shape)}"
-            for k, v in ours.items()
-            if k in weights and weights[k].shape != v.shape
+            f"{k} {tuple(weights[k].shape)} instead of {tuple(ours[name].shape)}"
+            for k, name in names.items()
+            if k in weights and weights[k].shape != ours[name].shape
         ],
     }
     if problems := "; ".join(f"{k}: {', '.join(v)}" for k, v in found.items() if v):
-        raise CheckpointError(
-            f"OSTrack checkpoint: expected the keys of a ViT trunk and a CENTER head, got "
-            f"{problems}"
-        )
-    model.load_state_dict(weights)
+        raise CheckpointError(f"{expected}, got {problems}")
+    model.load_state_dict({name: weights[k] for k, name in names.items()})
 
 
 def _description(content: object) -> str:

@@ -50,6 +50,8 @@ class SegmentedModel(nn.Module):
         carried: Tensor that the next frame reads → tensor that ``run_update`` wrote.
         operating_points: Those of a bundle before they are calibrated: name → the threshold of
             every exit. The first is the default.
+        criterion: What those thresholds are compared with, unless the bundle is exported with
+            another (see ``runtime.policies``).
         rules: Those of a bundle, unless it is exported with others: how answers become the target's
             state (see ``runtime.target``). Empty where none were tuned on the family's scores.
         pretrained: Prefixes of the parameters that start from published weights, and so learn at a
@@ -67,6 +69,7 @@ class SegmentedModel(nn.Module):
     update_inputs: tuple[str, ...] = ()
     carried: Mapping[str, str] = MappingProxyType({})
     operating_points: ClassVar[Mapping[str, float]] = MappingProxyType({"balanced": 0.3})
+    criterion: ClassVar[str] = "entropy"
     rules: ClassVar[Mapping[str, float]] = MappingProxyType({})
     pretrained: tuple[str, ...] = ("backbone.stem.",)
 

@@ -9,21 +9,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from compiled import compile_with_rtx, export_untrained, precisions_of_products
 from recorded import record_inputs
 from small_families import FAMILIES, make_cnn
 from small_models import PRIOR, make_model
 from tolerances import BETWEEN_BACKENDS
 
-from edgetrack.build import build
 from edgetrack.bundle import Bundle
 from edgetrack.data.synthetic import render_clip
-from edgetrack.export import export_bundle
 from edgetrack.models.early_exit_vit import CONFIGS
 from edgetrack.models.pruning import Gates
 from edgetrack.models.registry import load_model
 from edgetrack.models.segmented import SegmentedModel
 from edgetrack.models.units import find_units
-from edgetrack.quantize.calibrate import MIN_CROPS, calibrate
 from edgetrack.quantize.ort_attention import fuse_attention
 from edgetrack.runtime.policies import ExitPolicy
 from edgetrack.tracker import Tracker
@@ -31,18 +29,6 @@ from edgetrack.train.prune import Pruned, magnitude_scores, prune
 
 pytestmark = pytest.mark.slow
 EXACTNESS = 1e-5
-
-
-def export(model: SegmentedModel, folder: Path) -> Bundle:
-    return export_bundle(
-        model,
-        folder / "bundle",
-        name=f"{model.family}-pruned",
-        operating_points={"balanced": (0.4,) * (model.num_exits - 1)},
-        operating_point="balanced",
-        provenance={},
-        licence="random weights",
-    )
 
 
 def pruned_to(model: SegmentedModel, budget: float) -> Pruned:
@@ -71,8 +57,8 @@ def test_the_exported_pruned_model_answers_as_the_exported_masked_one(
     Gates(masked, find_units(masked)).close_all_but(pruned.kept)
     inputs = record_inputs(model.crops, num_frames=1)[0]
 
-    narrow = run_graphs(export(pruned.model, tmp_path / "narrow"), inputs)
-    wide = run_graphs(export(masked, tmp_path / "wide"), inputs)
+    narrow = run_graphs(export_untrained(pruned.model, tmp_path / "narrow"), inputs)
+    wide = run_graphs(export_untrained(masked, tmp_path / "wide"), inputs)
 
     for one, other in zip(narrow, wide, strict=True):
         for name in one.keys() & {"bbox_cxcywh", "score", "uncertainty"}:
@@ -84,7 +70,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A hybrid and a CNN of which 1 % of the units are left, and a CNN as it is."""
     model = make_model(CONFIGS["tiny"]) if request.param == "hybrid" else make_cnn()
     left = model if request.param == "dense cnn" else pruned_to(model, 0.01).model
-    return export(left, tmp_path_factory.mktemp("bundle"))
+    return export_untrained(left, tmp_path_factory.mktemp("bundle"))
 
 
 def test_a_bundle_loads_and_its_graphs_answer_as_the_model(bundle: Bundle) -> None:
@@ -115,29 +101,14 @@ def test_a_bundle_tracks_at_every_exit(bundle: Bundle) -> None:
 @pytest.mark.rtx
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_tensorrt_rtx_builds_it(bundle: Bundle, precision: str, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds without a GPU")
-    calibration = None
-    if precision == "int8":
-        crops = record_inputs(bundle.crops, num_frames=MIN_CROPS)
-        cache = calibrate(bundle, [(f"clip/{k:06d}", c) for k, c in enumerate(crops)])
-        calibration = tmp_path / cache.file_name
-        cache.write(calibration)
+    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
 
-    engines = build(
-        bundle,
-        backend="tensorrt-rtx",
-        precision=precision,
-        calibration=calibration,
-        output=tmp_path / "engines",
-    )
-
-    assert list(engines.graphs) == [graph.name for graph in bundle.graphs]
-    assert engines.key.precision == precision
+    for name, rows in tables.items():
+        assert "Float" not in precisions_of_products(rows), name
 
 
 def test_narrow_attention_is_still_one_node_on_a_cpu(tmp_path: Path) -> None:
-
-    bundle = export(pruned_to(make_model(PRIOR), 0.5).model, tmp_path)
+    bundle = export_untrained(pruned_to(make_model(PRIOR), 0.5).model, tmp_path)
 
     fused = fuse_attention(onnx.load(bundle.graph_path(bundle.segments[1])))
 

@@ -10,39 +10,27 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
+from compiled import (
+    compile_with_rtx,
+    export_untrained,
+    num_attentions,
+    precisions_of_products,
+)
 from numpy.testing import assert_allclose, assert_array_equal
 from recorded import record_inputs
 from small_models import DYTRACK_PATCH, DYTRACK_PRIOR, make_dytrack
 from tolerances import BETWEEN_BACKENDS, FROM_TWIN
 
 from edgetrack.backends import get_backend
-from edgetrack.backends.trt.layer_table import read_layer_table
-from edgetrack.build import build
 from edgetrack.bundle import Bundle
 from edgetrack.data.synthetic import render_clip
-from edgetrack.export import export_bundle
 from edgetrack.models.dytrack import DyTrack, DyTrackConfig
 from edgetrack.models.registry import create_model
-from edgetrack.models.segmented import SegmentedModel
 from edgetrack.parity import ask_exits, compare, open_runner
-from edgetrack.quantize.calibrate import MIN_CROPS, calibrate
 from edgetrack.runtime.policies import ExitPolicy
 from edgetrack.tracker import Tracker
 
 UInt8Array = npt.NDArray[np.uint8]
-
-
-def export(model: SegmentedModel, folder: Path) -> Bundle:
-    count = model.num_exits - 1
-    return export_bundle(
-        model,
-        folder,
-        name="dytrack-small",
-        operating_points={k: (t,) * count for k, t in model.operating_points.items()},
-        operating_point="medium",
-        provenance={},
-        licence="random weights",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +40,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DyTrackConfig
 
     def bundle_of(config: DyTrackConfig) -> Bundle:
         if config not in made:
-            made[config] = export(make_dytrack(config), tmp_path_factory.mktemp("d") / "bundle")
+            folder = tmp_path_factory.mktemp("d") / "bundle"
+            made[config] = export_untrained(make_dytrack(config), folder)
         return made[config]
 
     return bundle_of
@@ -203,27 +192,13 @@ GOLDEN = [
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_tensorrt_builds_every_graph_of_tiny(precision: str, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds without a GPU")
-    bundle = export(create_model("dytrack-tiny"), tmp_path / "bundle")
-    if precision == "int8":
-        recorded = record_inputs(bundle.crops, num_frames=MIN_CROPS)
-        crops = [(f"clip/{k:06d}", inputs) for k, inputs in enumerate(recorded)]
-        calibrate(bundle, crops, method="max").write(tmp_path / "calibration")
+    bundle = export_untrained(create_model("dytrack-tiny"), tmp_path / "bundle")
 
-    engines = build(
-        bundle,
-        backend="tensorrt-rtx",
-        precision=precision,
-        calibration=tmp_path / "calibration" if precision == "int8" else None,
-        output=tmp_path / "engines",
-    )
+    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
 
-    assert set(engines.graphs) == {graph.name for graph in bundle.graphs}
-    for name, graph in engines.graphs.items():
-        rows = read_layer_table(engines.path / graph.file)
-        products = {row.precision for row in rows if row.is_product}
+    for name, rows in tables.items():
         if name.startswith("segment"):
-            assert ("Int8" in products) == (precision == "int8"), name
-        assert "Float" not in products, name
-        num_blocks = sum(row.is_attention for row in rows)
-        assert num_blocks == {"segment_0": 1, "segment_1": 2, "segment_2": 3}.get(name, 0)
+            assert ("Int8" in precisions_of_products(rows)) == (precision == "int8"), name
+        assert "Float" not in precisions_of_products(rows), name
+        num_blocks = {"segment_0": 1, "segment_1": 2, "segment_2": 3}.get(name, 0)
+        assert num_attentions(rows) == num_blocks, name

@@ -9,21 +9,23 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
+from compiled import (
+    compile_with_rtx,
+    export_untrained,
+    num_attentions,
+    precisions_of_products,
+)
 from numpy.testing import assert_allclose
 from small_fartrack import FARTRACK_PATCH, FARTRACK_PRIOR, make_fartrack
 from tolerances import BETWEEN_BACKENDS, BETWEEN_LOOPS
 
 from edgetrack.backends import get_backend
-from edgetrack.backends.trt.layer_table import read_layer_table
-from edgetrack.build import build
 from edgetrack.bundle import Bundle
 from edgetrack.crops import Cropper, CropWindow
 from edgetrack.data.synthetic import render_clip
-from edgetrack.export import export_bundle
 from edgetrack.models.fartrack import CONFIGS, FARTrack
 from edgetrack.models.registry import create_model, load_model
 from edgetrack.parity import compare, open_runner
-from edgetrack.quantize.calibrate import MIN_CROPS, calibrate
 from edgetrack.runtime.policies import ExitPolicy
 from edgetrack.runtime.recording import record_crops
 from edgetrack.runtime.target import TargetRules, TargetState
@@ -37,18 +39,6 @@ SMALL = {
 }
 
 
-def export(model: FARTrack, folder: Path) -> Bundle:
-    return export_bundle(
-        model,
-        folder,
-        name="fartrack-small",
-        operating_points={"balanced": (0.3,) * (model.num_exits - 1)},
-        operating_point="balanced",
-        provenance={},
-        licence="random weights",
-    )
-
-
 def recorded(
     bundle: Bundle, clip: list[tuple[UInt8Array, npt.NDArray[np.float32]]]
 ) -> list[dict[str, npt.NDArray[Any]]]:
@@ -60,7 +50,8 @@ def recorded(
 @pytest.fixture(scope="module", params=SMALL.values(), ids=SMALL.keys())
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     # Seed 4 gives boxes of some width and height.
-    return export(make_fartrack(request.param, seed=4), tmp_path_factory.mktemp("f") / "bundle")
+    folder = tmp_path_factory.mktemp("f") / "bundle"
+    return export_untrained(make_fartrack(request.param, seed=4), folder)
 
 
 @pytest.fixture(scope="module")
@@ -173,31 +164,14 @@ def test_a_tracker_that_starts_again_forgets_its_templates(
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 @pytest.mark.parametrize("variant", ["micro", "exits"])
 def test_tensorrt_builds_every_graph(variant: str, precision: str, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds without a GPU")
-    model = create_model(f"fartrack-{variant}")
-    assert isinstance(model, FARTrack)
-    bundle = export(model, tmp_path / "bundle")
-    if precision == "int8":
-        clip = list(render_clip(num_frames=MIN_CROPS + 1, width=240, height=180))
-        crops = [(f"clip/{k:06d}", inputs) for k, inputs in enumerate(recorded(bundle, clip))]
-        calibrate(bundle, crops, method="max").write(tmp_path / "calibration")
+    bundle = export_untrained(create_model(f"fartrack-{variant}"), tmp_path / "bundle")
 
-    engines = build(
-        bundle,
-        backend="tensorrt-rtx",
-        precision=precision,
-        calibration=tmp_path / "calibration" if precision == "int8" else None,
-        output=tmp_path / "engines",
-    )
+    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
 
     ends = CONFIGS[variant].exit_after
-    blocks = dict(zip(ends, np.diff((0, *ends)), strict=True))
-    assert set(engines.graphs) == {graph.name for graph in bundle.graphs}
-    for name, graph in engines.graphs.items():
-        rows = read_layer_table(engines.path / graph.file)
-        products = {row.precision for row in rows if row.is_product}
-        assert "Float" not in products, name
-        if name.startswith("segment"):
-            assert ("Int8" in products) == (precision == "int8"), name
-            expected = blocks[ends[int(name[-1])]]
-            assert sum(row.is_attention for row in rows) == expected, name
+    blocks = {f"segment_{k}": n for k, n in enumerate(np.diff((0, *ends)))}
+    for name, rows in tables.items():
+        assert "Float" not in precisions_of_products(rows), name
+        if name in blocks:
+            assert ("Int8" in precisions_of_products(rows)) == (precision == "int8"), name
+            assert num_attentions(rows) == blocks[name], name

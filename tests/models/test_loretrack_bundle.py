@@ -6,34 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiled import (
+    compile_with_rtx,
+    export_untrained,
+    num_attentions,
+    precisions_of_products,
+)
 from recorded import record_inputs
 from small_models import PRIOR, randomise_norms
 from tolerances import BETWEEN_BACKENDS
 
 from edgetrack.backends import get_backend
-from edgetrack.backends.trt.layer_table import read_layer_table
-from edgetrack.build import build
 from edgetrack.bundle import Bundle
 from edgetrack.data.synthetic import render_clip
-from edgetrack.export import export_bundle
 from edgetrack.models.loretrack import LoReTrackTiny
 from edgetrack.models.registry import create_model
-from edgetrack.models.segmented import SegmentedModel
 from edgetrack.parity import compare, open_runner
-from edgetrack.quantize.calibrate import MIN_CROPS, calibrate
 from edgetrack.tracker import Tracker
-
-
-def export(model: SegmentedModel, folder: Path) -> Bundle:
-    return export_bundle(
-        model,
-        folder,
-        name="loretrack-small",
-        operating_points={"balanced": ()},
-        operating_point="balanced",
-        provenance={},
-        licence="random weights",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +30,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     torch.manual_seed(0)
     model = LoReTrackTiny(dataclasses.replace(PRIOR, exit_after=(2,)))
     randomise_norms(model)
-    return export(model, tmp_path_factory.mktemp("loretrack") / "bundle")
+    return export_untrained(model, tmp_path_factory.mktemp("loretrack") / "bundle")
 
 
 def test_every_graph_says_the_same_on_onnx_runtime(bundle: Bundle) -> None:
@@ -73,26 +62,13 @@ def test_a_bundle_with_one_exit_tracks(bundle: Bundle) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_tensorrt_builds_every_graph_of_tiny(precision: str, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds without a GPU")
-    bundle = export(create_model("loretrack-tiny"), tmp_path / "bundle")
-    if precision == "int8":
-        recorded = record_inputs(bundle.crops, num_frames=MIN_CROPS)
-        crops = [(f"clip/{k:06d}", inputs) for k, inputs in enumerate(recorded)]
-        calibrate(bundle, crops, method="max").write(tmp_path / "calibration")
+    bundle = export_untrained(create_model("loretrack-tiny"), tmp_path / "bundle")
 
-    engines = build(
-        bundle,
-        backend="tensorrt-rtx",
-        precision=precision,
-        calibration=tmp_path / "calibration" if precision == "int8" else None,
-        output=tmp_path / "engines",
-    )
+    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
 
-    assert set(engines.graphs) == {graph.name for graph in bundle.graphs}
-    for name, graph in engines.graphs.items():
-        rows = read_layer_table(engines.path / graph.file)
-        products = {row.precision for row in rows if row.is_product}
+    for name, rows in tables.items():
         # INT8 pays for no layer of the template graph: each is too small.
-        assert ("Int8" in products) == (precision == "int8" and name != "template"), name
-        assert "Float" not in products, name
-        assert sum(row.is_attention for row in rows) == (6 if name == "segment_0" else 0)
+        is_int8 = precision == "int8" and name != "template"
+        assert ("Int8" in precisions_of_products(rows)) == is_int8, name
+        assert "Float" not in precisions_of_products(rows), name
+        assert num_attentions(rows) == (6 if name == "segment_0" else 0), name

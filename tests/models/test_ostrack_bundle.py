@@ -1,10 +1,17 @@
 """An OSTrack outside torch: its graphs, its closed loop, its engines."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiled import (
+    compile_with_rtx,
+    export_untrained,
+    num_attentions,
+    precisions_of_products,
+)
 from numpy.testing import assert_allclose
 from published_ostrack import (
     clip_box,
@@ -18,16 +25,12 @@ from recorded import record_inputs
 from tolerances import BETWEEN_BACKENDS, FROM_TWIN
 
 from edgetrack.backends import get_backend
-from edgetrack.backends.trt.layer_table import read_layer_table
-from edgetrack.build import build
 from edgetrack.bundle import Bundle
 from edgetrack.data.synthetic import render_clip
-from edgetrack.export import export_bundle
 from edgetrack.models.ostrack import OSTrack, OSTrackConfig
 from edgetrack.models.published import PublishedCheckpoint, load_ostrack
 from edgetrack.models.registry import load_model
 from edgetrack.parity import compare, open_runner
-from edgetrack.quantize.calibrate import MIN_CROPS, calibrate
 from edgetrack.tracker import Tracker
 
 WEIGHTS = ostrack_state_dict(dim=64, depth=10, template_tokens=16, search_tokens=64, head_dim=32)
@@ -41,22 +44,10 @@ WIDE = OSTrackConfig(
 )
 
 
-def export(model: OSTrack, folder: Path) -> Bundle:
-    return export_bundle(
-        model,
-        folder,
-        name="ostrack-small",
-        operating_points={"balanced": ()},
-        operating_point="balanced",
-        provenance={},
-        licence="random weights",
-    )
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["all candidates", "eliminating"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     model = load_ostrack(PublishedCheckpoint(WEIGHTS), is_eliminating=request.param)
-    return export(model, tmp_path_factory.mktemp("ostrack") / "bundle")
+    return export_untrained(model, tmp_path_factory.mktemp("ostrack") / "bundle")
 
 
 def test_the_manifest_asks_for_the_published_crops(bundle: Bundle) -> None:
@@ -163,26 +154,12 @@ GOLDEN = {
 def test_tensorrt_builds_every_graph(
     precision: str, eliminate_at: tuple[int, ...], tmp_path: Path
 ) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds without a GPU")
-    torch.manual_seed(0)
-    config = OSTrackConfig(**{**vars(WIDE), "eliminate_at": eliminate_at})
-    bundle = export(OSTrack(config), tmp_path / "bundle")
-    if precision == "int8":
-        recorded = record_inputs(bundle.crops, num_frames=MIN_CROPS)
-        crops = [(f"clip/{k:06d}", inputs) for k, inputs in enumerate(recorded)]
-        calibrate(bundle, crops, method="max").write(tmp_path / "calibration")
+    config = dataclasses.replace(WIDE, eliminate_at=eliminate_at)
+    bundle = export_untrained(OSTrack(config), tmp_path / "bundle")
 
-    engines = build(
-        bundle,
-        backend="tensorrt-rtx",
-        precision=precision,
-        calibration=tmp_path / "calibration" if precision == "int8" else None,
-        output=tmp_path / "engines",
-    )
+    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
 
-    assert set(engines.graphs) == {graph.name for graph in bundle.graphs}
-    rows = read_layer_table(engines.path / engines.graphs["segment_0"].file)
-    products = {row.precision for row in rows if row.is_product}
-    assert ("Int8" in products) == (precision == "int8")
-    assert "Float" not in products
-    assert sum(row.is_attention for row in rows) == config.exit_after[0]
+    rows = tables["segment_0"]
+    assert ("Int8" in precisions_of_products(rows)) == (precision == "int8")
+    assert "Float" not in precisions_of_products(rows)
+    assert num_attentions(rows) == config.exit_after[0]

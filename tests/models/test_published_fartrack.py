@@ -146,7 +146,8 @@ def test_command_words_are_as_long_as_the_sparse_release_lets_them_be() -> None:
     dense = load(small_state_dict(is_sparse=False)).vocabulary.word_embeddings[-5:]
 
     assert_close(sparse[:4].norm(dim=1), torch.ones(4))
-    assert (sparse[4].norm() > 1.1) and (dense.norm(dim=1) > 1.1).all()
+    assert sparse[4].norm() > 1.1
+    assert (dense.norm(dim=1) > 1.1).all()
 
 
 def test_a_search_factor_that_the_training_left_is_kept() -> None:

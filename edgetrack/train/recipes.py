@@ -266,14 +266,14 @@ RECIPES: dict[str, Recipe] = {
             ),
             mix=_OSTRACK_MIX,
         ),
-        # From the weights of early_exit_vit-tiny: a reduced budget, minutes of one CPU core.
+        # From the weights of early_exit_vit-tiny: a reduced budget, half an hour of one CPU core.
         Recipe(
             name="fartrack-micro",
             model="fartrack-micro",
             stages=(
                 Stage(
                     objective="fartrack_frames",
-                    samples=4_000,
+                    samples=8_000,
                     batch_size=32,
                     learning_rate=8e-4,
                     frozen_stem_share=1.0,
@@ -282,7 +282,7 @@ RECIPES: dict[str, Recipe] = {
                 ),
                 Stage(
                     objective="fartrack_depths",
-                    samples=16_000,
+                    samples=52_000,
                     batch_size=32,
                     learning_rate=8e-4,
                     frozen_stem_share=1.0,
@@ -291,7 +291,7 @@ RECIPES: dict[str, Recipe] = {
                 ),
                 Stage(
                     objective="fartrack_rollout",
-                    samples=160,
+                    samples=240,
                     batch_size=4,
                     learning_rate=1e-4,
                     warmup_steps=10,

@@ -28,7 +28,7 @@ from edgetrack.bundle import Bundle
 from edgetrack.data.sequences import read_sequences
 from edgetrack.data.synthetic import render_clip
 from edgetrack.export import export_bundle
-from edgetrack.models.fartrack import CONFIGS, FARTrack
+from edgetrack.models.fartrack import CONFIGS, FARTrack, FARTrackConfig
 from edgetrack.models.registry import load_model
 from edgetrack.runtime.policies import ExitPolicy
 
@@ -101,12 +101,14 @@ def tables(args: argparse.Namespace) -> None:
                 rows[name] = {}
         times = time_in_turns(bundles, num_updates=args.updates, num_rounds=args.rounds)
         for name, bundle in bundles.items():
-            kept = load_model(bundle).config.kept_tokens
-            rows[name] |= macs_of(bundle) | {"kept_tokens": kept, "ms": times[name][-1]}
-            auc = f"AUC {rows[name]['auc']:.3f}" if "auc" in rows[name] else "random weights"
+            config = FARTrackConfig(**bundle.config)
+            row = rows[name]
+            row |= {"layers": config.exit_after[-1], "kept_tokens": config.kept_tokens}
+            row |= macs_of(bundle) | {"ms": times[name][-1]}
+            auc = f"AUC {row['auc']:.3f}" if "auc" in row else "random weights"
             print(
-                f"{name:28s} {auc:14s} {kept:3d} tokens  {rows[name]['gmacs']:.3f} GMACs  "
-                f"{times[name][-1]:6.2f} ms",
+                f"{name:28s} {auc:14s} {row['layers']:2d} layers  {row['kept_tokens']:3d} tokens  "
+                f"{row['gmacs']:.3f} + {row['update_gmacs']:.3f} GMACs  {row['ms']:6.2f} ms",
                 flush=True,
             )
     write(

@@ -8,11 +8,10 @@ import pytest
 from edgetrack.backends.trt.layer_table import LayerRow, read_layer_table
 from edgetrack.build import build
 from edgetrack.bundle import Bundle
-from edgetrack.data.synthetic import render_clip
+from edgetrack.data.target_clips import render_target_clips
 from edgetrack.export import export_bundle
 from edgetrack.models.segmented import SegmentedModel
-from edgetrack.quantize.calibrate import MIN_CROPS, calibrate
-from edgetrack.runtime.recording import record_crops
+from edgetrack.quantize.calibrate import MIN_CROPS
 
 
 def export_untrained(model: SegmentedModel, folder: Path) -> Bundle:
@@ -30,24 +29,21 @@ def export_untrained(model: SegmentedModel, folder: Path) -> Bundle:
     )
 
 
-def compile_with_rtx(
-    bundle: Bundle, folder: Path, *, precision: str
-) -> Mapping[str, tuple[LayerRow, ...]]:
-    """The layer table of each graph; for INT8 as few crops as can be are calibrated on."""
+def compile_with_rtx(bundle: Bundle, *, precision: str) -> Mapping[str, tuple[LayerRow, ...]]:
+    """The layer table of each graph, from engines beside the bundle's folder.
+
+    INT8 engines are calibrated and compared on as few crops as can be, with the FP16 engines that
+    are there already.
+    """
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds without a GPU")
-    calibration = None
-    if precision == "int8":
-        clip = list(render_clip(num_frames=MIN_CROPS + 1, width=240, height=180))
-        frames = [frame for frame, _ in clip]
-        crops = list(record_crops(bundle, frames, clip[0][1].tolist(), name="clip"))
-        calibration = folder / "calibration"
-        calibrate(bundle, crops, method="max").write(calibration)
+    clips = render_target_clips(num_clips=1, num_frames=MIN_CROPS + 1, first_seed=0)
     engines = build(
         bundle,
         backend="tensorrt-rtx",
         precision=precision,
-        calibration=calibration,
-        output=folder / "engines",
+        calibration=bundle.path.parent / "calibration",
+        calibration_clips=clips if precision == "int8" else (),
+        output=bundle.path.parent / "engines",
     )
     assert engines.key.precision == precision
     assert list(engines.graphs) == [graph.name for graph in bundle.graphs]

@@ -80,6 +80,17 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def base_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """An ``early_exit_vit-base`` with random weights; takes half a minute, so for slow tests."""
+    from compiled import export_untrained
+
+    from edgetrack.models.registry import create_model
+
+    folder = tmp_path_factory.mktemp("base") / "bundle"
+    return export_untrained(create_model("early_exit_vit-base"), folder)
+
+
+@pytest.fixture(scope="session")
 def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """An exported ``small_models.PATCH`` with random weights."""
     from small_models import PATCH, export_random

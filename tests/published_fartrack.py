@@ -28,7 +28,8 @@ def fartrack_state_dict(
     """Random weights under the names of a published checkpoint.
 
     Norms are near the identity and matrices keep the size of what they multiply, so that answers
-    depend on all of them; command words are longer than the sparse release lets them be.
+    depend on all of them; command words are longer than the sparse release lets them be. Corners
+    are mostly left and right of the middle, because boxes inside out are told apart by no tracker.
     """
     words = 2 * bins + 5
     shapes: dict[str, tuple[int, ...]] = {
@@ -68,6 +69,12 @@ def fartrack_state_dict(
     generator = torch.Generator().manual_seed(seed)
     weights = {name: _random(name, shape, generator) for name, shape in shapes.items()}
     weights["backbone.output_bias"][-5:] = -9.0  # trained ones are never a special word
+    places = torch.arange(words) / bins - 0.5
+    commands = weights["backbone.position_embeddings.weight"]
+    for rows, feature, place in ((slice(0, 2), 0, 0.35), (slice(2, 4), 1, 0.65)):
+        commands[rows, feature] += 6.0
+        bump = torch.exp(-(((places - place) / 0.1) ** 2))
+        weights["backbone.word_embeddings.weight"][:, feature] += 3.0 * bump
     return weights
 
 

@@ -70,7 +70,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A hybrid and a CNN of which 1 % of the units are left, and a CNN as it is."""
     model = make_model(CONFIGS["tiny"]) if request.param == "hybrid" else make_cnn()
     left = model if request.param == "dense cnn" else pruned_to(model, 0.01).model
-    return export_untrained(left, tmp_path_factory.mktemp("bundle"))
+    return export_untrained(left, tmp_path_factory.mktemp("pruned") / "bundle")
 
 
 def test_a_bundle_loads_and_its_graphs_answer_as_the_model(bundle: Bundle) -> None:
@@ -100,8 +100,8 @@ def test_a_bundle_tracks_at_every_exit(bundle: Bundle) -> None:
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_tensorrt_rtx_builds_it(bundle: Bundle, precision: str, tmp_path: Path) -> None:
-    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
+def test_tensorrt_rtx_builds_it(bundle: Bundle, precision: str) -> None:
+    tables = compile_with_rtx(bundle, precision=precision)
 
     for name, rows in tables.items():
         assert "Float" not in precisions_of_products(rows), name

@@ -12,6 +12,7 @@ import typer
 
 from edgetrack.bundle import RESEARCH_LICENCE
 from edgetrack.cli.options import check_criterion, parse_rules, progress_bar
+from edgetrack.cli.tables import when_to_stop
 from edgetrack.errors import BackendUnavailableError, DataError
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def export(
     if criterion is not None:
         check_criterion(criterion)
     target_rules = None if rules is None else parse_rules(rules)
-    model = _cut(load_trained(run), exits=exits, retention=retention)
+    model = cut(load_trained(run), exits=exits, retention=retention)
     provenance = read_provenance(run)
     points = dict(_parse_point(p) for p in point or ())
     for label, thresholds in points.items():
@@ -267,13 +268,11 @@ def export(
                 on_progress=lambda name: bar.update(task, description=f"scoring {name}"),
             )
     for label, thresholds in bundle.operating_points.items():
-        typer.echo(f"{label}: stop below {', '.join(f'{t:.3f}' for t in thresholds)}")
+        typer.echo(f"{label}: {when_to_stop(bundle.criterion, thresholds)}")
     typer.echo(f"bundle: {bundle.path}; next: edgetrack build {bundle.path}")
 
 
-def _cut(
-    model: "SegmentedModel", *, exits: str | None, retention: float | None
-) -> "SegmentedModel":
+def cut(model: "SegmentedModel", *, exits: str | None, retention: float | None) -> "SegmentedModel":
     """The part of a model that is to be exported."""
     from edgetrack.models.fartrack import FARTrack
 
@@ -327,8 +326,9 @@ def _with(stages: "tuple[Stage, ...]", **texts: str) -> "tuple[Stage, ...]":
     try:
         numbers = [int(v) for v in text.split(",")]
         numbers *= len(stages) if len(numbers) == 1 else 1
-        pairs = zip(stages, numbers, strict=True)
-        return tuple(dataclasses.replace(stage, **{name: number}) for stage, number in pairs)
+        changes: list[dict[str, Any]] = [{name: number} for number in numbers]
+        pairs = zip(stages, changes, strict=True)
+        return tuple(dataclasses.replace(stage, **change) for stage, change in pairs)
     except ValueError:
         raise typer.BadParameter(
             f"expected a whole number of at least 1, or {len(stages)}, one per stage, such as "

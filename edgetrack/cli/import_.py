@@ -1,16 +1,19 @@
 """``edgetrack import``: a checkpoint that others published → a bundle."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgetrack.cli.author import author_side
+from edgetrack.cli.author import author_side, cut
 from edgetrack.cli.options import progress_bar
+
+if TYPE_CHECKING:
+    from edgetrack.models.segmented import SegmentedModel
 
 __all__ = ["import_checkpoint"]
 
-FAMILIES = ("loretrack", "ostrack")
+FAMILIES = ("fartrack", "loretrack", "ostrack")
 _LICENCE = "as the imported checkpoint's: see where it was published"
 
 
@@ -34,7 +37,21 @@ def import_checkpoint(
         typer.Option(
             min=1.0,
             help="Side of the search region over the root of the target's area [default: what the "
-            "checkpoint's settings say, else 4 for OSTrack-256 and 5 for all others]",
+            "checkpoint's settings say, else 4 for OSTrack-256 and FARTrack, and 5 for all others]",
+        ),
+    ] = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers with an exit behind them, of a fartrack: 15, 10 and 6 are its Tiny, Nano "
+            "and Pico, and 6,10,15 an early-exit model [default: the last layer]"
+        ),
+    ] = None,
+    retention: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of a template's tokens that stays, of a fartrack [default: 0.75 of a "
+            "sparse checkpoint, else 1]"
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name [default: family and size]")] = None,
@@ -51,30 +68,67 @@ def import_checkpoint(
     with author_side():
         from edgetrack.bundle import sha256_of
         from edgetrack.export import export_bundle
-        from edgetrack.models.published import load_ostrack, read_checkpoint
+        from edgetrack.models.published import load_fartrack, load_ostrack, read_checkpoint
 
-    model = load_ostrack(
-        read_checkpoint(checkpoint),
-        family=family,
-        search_factor=search_factor,
-        is_eliminating=candidate_elimination,
-    )
-    config = model.config
-    name = name or f"{family}-{config.search_size_px}{'-ce' if config.eliminate_at else ''}"
+    published = read_checkpoint(checkpoint)
+    model: SegmentedModel
+    if family == "fartrack":
+        if candidate_elimination is not None:
+            raise typer.BadParameter(
+                "expected it with ostrack, got fartrack, which drops template tokens instead: see "
+                "--retention", param_hint="--candidate-elimination",
+            )  # fmt: skip
+        model = load_fartrack(published, search_factor=search_factor)
+    else:
+        model = load_ostrack(
+            published,
+            family=family,
+            search_factor=search_factor,
+            is_eliminating=candidate_elimination,
+        )
+    model = cut(model, exits=exits, retention=retention)
+    name = name or _name_of(model)
     with progress_bar() as bar:
         bar.add_task("exporting", total=None)
         bundle = export_bundle(
             model,
             output or Path(name),
             name=name,
-            operating_points={"balanced": ()},
-            operating_point="balanced",
+            operating_points={
+                k: (t,) * (model.num_exits - 1) for k, t in model.operating_points.items()
+            },
+            operating_point=next(iter(model.operating_points)),
             provenance={"imported": {"file": checkpoint.name, "sha256": sha256_of(checkpoint)}},
             licence=licence,
         )
+    config = model.config
     typer.echo(
-        f"{config.exit_after[0]} blocks of width {config.dim}, template {config.template_size_px} "
-        f"px, search region {config.search_size_px} px at factor {config.search_factor:g}, "
-        f"candidate elimination {'on' if config.eliminate_at else 'off'}"
+        f"{config.exit_after[-1]} blocks of width {config.dim}, template "
+        f"{config.template_size_px} px, search region {config.search_size_px} px at factor "
+        f"{config.search_factor:g}, {_tokens_of(model)}"
     )
+    if model.num_exits > 1:
+        typer.echo("no exit was calibrated: say when to stop with --exit-policy and --threshold")
     typer.echo(f"bundle: {bundle.path}; next: edgetrack build {bundle.path}")
+
+
+def _name_of(model: "SegmentedModel") -> str:
+    """Family and size, and what tells variants of one size apart."""
+    config = model.config
+    parts = [model.family, str(config.search_size_px)]
+    if model.family == "fartrack":
+        parts += [str(depth) for depth in config.exit_after]
+    elif config.eliminate_at:
+        parts.append("ce")
+    return "-".join(parts)
+
+
+def _tokens_of(model: "SegmentedModel") -> str:
+    """What becomes of the tokens on their way."""
+    config = model.config
+    if model.family == "fartrack":
+        return (
+            f"{config.num_templates} templates of {config.kept_tokens} tokens each, exits behind "
+            f"{', '.join(map(str, config.exit_after))}"
+        )
+    return f"candidate elimination {'on' if config.eliminate_at else 'off'}"

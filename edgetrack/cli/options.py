@@ -72,8 +72,8 @@ OperatingPointOption = Annotated[
 ExitPolicyOption = Annotated[
     str | None,
     typer.Option(
-        help="entropy, score or combined: stop where it is below --threshold (or the operating "
-        "point's); fixed: stop at exit --threshold; always-last"
+        help="entropy, score (1 minus it) or combined: stop where it is below --threshold (or the "
+        "operating point's); fixed: stop at exit --threshold; always-last"
     ),
 ]
 ThresholdOption = Annotated[

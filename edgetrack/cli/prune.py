@@ -2,7 +2,7 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,14 +26,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from edgetrack.bundle import Bundle
-    from edgetrack.data.sequences import Sequence
+    from edgetrack.data.sequences import Sequence as LabelledSequence
     from edgetrack.train.loop import Progress
     from edgetrack.train.prune import Pruned
     from edgetrack.train.prune_run import PruneData
+    from edgetrack.train.prune_target import FoundBudget, Timing
 
 __all__ = ["prune"]
 
-_TIMED_FRAMES, _WARM_UP = 40, 10
+# Turns are short, so that all bundles of a round meet the same load: this many updates of each at
+# most, and no more than a few of those that take long.
+_ROUNDS, _TIMED_FRAMES, _WARM_UP, _TURN_MS = 7, 12, 2, 500.0
 
 
 def prune(
@@ -43,7 +46,10 @@ def prune(
     ] = None,
     target_ms: Annotated[
         float | None,
-        typer.Option(help="Find the budget whose full-depth update takes this long, by timing it"),
+        typer.Option(
+            help="Find the largest budget whose full-depth update takes no longer on this machine, "
+            "by timing narrow bundles in turns"
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the bundles and runs")] = Path(
         "runs/pruned"
@@ -87,7 +93,7 @@ def prune(
     with author_side():
         from edgetrack.train.prune import PARTS, Rounding
         from edgetrack.train.prune import prune as cut
-        from edgetrack.train.prune_run import budget_for, open_dense, rate_units
+        from edgetrack.train.prune_run import open_dense, rate_units
 
     chosen = tuple(parts.split(","))
     if unknown := sorted(set(chosen) - set(PARTS)):
@@ -99,7 +105,7 @@ def prune(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--heads") from error
     training = _data(data or [], samples)
-    with progress_bar(is_shown=not json) as bar:
+    with progress_bar(is_shown=not json) as bar, tempfile.TemporaryDirectory() as scratch:
         report = _Report(bar)
         dense, model = open_dense(source, output)
         sequences = _calibration_sequences(calibrate, dense)
@@ -107,25 +113,33 @@ def prune(
         job = _Job(
             dense=dense,
             cut_to=lambda share: cut(model, scores, share, rounding=rounding, parts=chosen),
-            measure_ms=lambda bundle: _full_depth_ms(bundle, backend, threads),
+            time_in_turns=lambda bundles: _time_in_turns(
+                bundles, backend, threads, engines=Path(scratch) / "engines"
+            ),
             data=training,
             output=output,
             report=report,
         )
-        if target_ms is not None:
-            budgets = [budget_for(target_ms, job.time_of)[0]]
-        bundles = [job.bundle_of(share) for share in budgets]
+        found = None if target_ms is None else job.find(target_ms, Path(scratch))
+        bundles = [job.bundle_of(share) for share in (budgets if found is None else [found.budget])]
         if sequences:
             report.say("calibrating")
             bundles = [calibrate_exits(bundle, sequences) for bundle in bundles]
         report.say("timing")
-        rows = [_row(bundle, job.measure_ms(bundle)) for bundle in (dense, *bundles)]
+        timings = job.time_in_turns([dense, *bundles])
+        rows = [_row(b, timing) for b, timing in zip([dense, *bundles], timings, strict=True)]
         rows[0]["parameters"] = sum(p.numel() for p in model.parameters())
     if json:
         print_json(rows)
         return
+    if found is not None and target_ms is not None:
+        typer.echo(
+            f"budget {found.budget:.3g} for {target_ms:g} ms: {found.timings[found.budget]}, the "
+            f"largest within it of {len(found.timings)} timed in turns at full depth; dense: "
+            f"{found.timings[1.0]}"
+        )
     title = f"{dense.name} pruned" + ("" if training else ", rated by weights, not fine-tuned")
-    columns = ("bundle", "units", "parameters", "MACs", "ms at full depth")
+    columns = ("bundle", "units", "parameters", "MACs", "ms at full depth", "half of rounds")
     print_table(title, columns, [_cells(row) for row in rows])
     for row in (row for row in rows if row["floored"]):
         typer.echo(
@@ -142,22 +156,33 @@ class _Job:
 
     dense: "Bundle"
     cut_to: Callable[[float], "Pruned"]
-    measure_ms: Callable[["Bundle"], float]
+    time_in_turns: "Callable[[Sequence[Bundle]], list[Timing]]"
     data: "PruneData | None"
     output: Path
     report: "_Report"
 
-    def time_of(self, share: float) -> float:
-        """Milliseconds with a share of the units; training does not change them."""
-        from edgetrack.train.prune_run import export_pruned
+    def find(self, target_ms: float, folder: Path) -> "FoundBudget":
+        """The budget for a time; training does not change times, so nothing is trained.
 
-        self.report.say(f"timing {share:.3f}")
-        pruned = self.cut_to(share)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "bundle"
-            return self.measure_ms(
-                export_pruned(self.dense, pruned.model, pruned, path, budget=share, samples=0)
-            )
+        Narrow bundles are written into the folder.
+        """
+        from edgetrack.train.prune_run import export_pruned
+        from edgetrack.train.prune_target import budget_for
+
+        narrow = {1.0: self.dense}
+
+        def time_together(shares: Sequence[float]) -> "list[Timing]":
+            for share in shares:
+                if share not in narrow:
+                    self.report.say(f"cutting to {share:.3f}")
+                    pruned, path = self.cut_to(share), folder / f"{share:.6f}"
+                    narrow[share] = export_pruned(
+                        self.dense, pruned.model, pruned, path, budget=share, samples=0
+                    )
+            self.report.say("timing " + ", ".join(f"{share:.3f}" for share in shares))
+            return self.time_in_turns([narrow[share] for share in shares])
+
+        return budget_for(target_ms, time_together)
 
     def bundle_of(self, share: float) -> "Bundle":
         """The bundle with a share of the units, fine-tuned if there is data."""
@@ -209,10 +234,13 @@ def _data(texts: list[str], samples: int) -> "PruneData | None":
         if not root.is_dir():
             kind = "training folder" if name == FOLDER else f"folder of {name} data"
             raise DataError(f"{root}: expected a {kind}, got none; check --data")
-    return PruneData(sources=sources, search_samples=samples, samples=samples)
+    batch_size = min(samples, PruneData.batch_size)
+    return PruneData(
+        sources=sources, search_samples=samples, samples=samples, batch_size=batch_size
+    )
 
 
-def _calibration_sequences(folder: Path | None, dense: "Bundle") -> "list[Sequence]":
+def _calibration_sequences(folder: Path | None, dense: "Bundle") -> "list[LabelledSequence]":
     """What --calibrate names: checked before anything is trained."""
     from edgetrack.data.sequences import read_sequences
 
@@ -247,34 +275,47 @@ class _Report:
         return show
 
 
-def _full_depth_ms(bundle: "Bundle", backend: str, threads: int | None) -> float:
-    """Median time of an update that runs every segment, on a rendered clip, as it is built."""
+def _time_in_turns(
+    bundles: "Sequence[Bundle]", backend: str, threads: int | None, *, engines: Path
+) -> "list[Timing]":
+    """Time of an update that runs every segment, on a rendered clip, as bundles are built."""
     from edgetrack.build import build
     from edgetrack.data.synthetic import render_clip
     from edgetrack.runtime.policies import ExitPolicy
     from edgetrack.tracker import Tracker
+    from edgetrack.train.prune_target import Timing
 
-    clip = list(render_clip(num_frames=_WARM_UP + _TIMED_FRAMES, seed=0))
-    policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
-    with tempfile.TemporaryDirectory() as engines:
+    clip = list(render_clip(num_frames=1 + _WARM_UP + _TIMED_FRAMES, seed=0))
+    for bundle in bundles:
         build(bundle, backend=backend, output=engines)
-        with Tracker(
-            bundle, backend=backend, engines=engines, exit_policy=policy, num_threads=threads
-        ) as tracker:
-            tracker.init(clip[0][0], clip[0][1].tolist())
-            times = [tracker.update(frame).latency_ms for frame, _ in clip[1:]]
-    return statistics.median(times[_WARM_UP:])
+    rounds: list[list[float]] = [[] for _ in bundles]
+    for _ in range(_ROUNDS):
+        for bundle, medians in zip(bundles, rounds, strict=True):
+            policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
+            with Tracker(
+                bundle, backend=backend, engines=engines, exit_policy=policy, num_threads=threads
+            ) as tracker:
+                tracker.init(clip[0][0], clip[0][1].tolist())
+                times: list[float] = []
+                for frame, _ in clip[1:]:
+                    times.append(tracker.update(frame).latency_ms)
+                    if len(times) > _WARM_UP and sum(times) > _TURN_MS:
+                        break
+            medians.append(statistics.median(times[_WARM_UP:]))
+    return [Timing(rounds_ms=tuple(medians)) for medians in rounds]
 
 
-def _row(bundle: "Bundle", full_depth_ms: float) -> dict[str, Any]:
+def _row(bundle: "Bundle", timing: "Timing") -> dict[str, Any]:
     pruning = bundle.provenance.get("pruning", {})
     return {
         "bundle": bundle.path.name,
+        "budget": pruning.get("budget", 1.0),
         "share_of_units": pruning.get("share_of_units", 1.0),
         "floored": len(pruning.get("floored", ())),
         "parameters": pruning.get("parameters"),
         "macs": sum(graph.macs for graph in bundle.segments),
-        "full_depth_ms": full_depth_ms,
+        "full_depth_ms": timing.median_ms,
+        "spread_ms": list(timing.spread_ms),
     }
 
 
@@ -285,4 +326,5 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['parameters'] / 1e6:.2f} M",
         f"{row['macs'] / 1e6:.0f} M",
         milliseconds(row["full_depth_ms"]),
+        " to ".join(map(milliseconds, row["spread_ms"])),
     )

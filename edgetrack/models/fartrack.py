@@ -9,7 +9,8 @@ penalty, no score.
 
 The network follows the released variant, whose code feeds no trajectory; ``num_trajectory`` adds
 the paper's trajectory tokens, the last boxes as words in the coordinates of the search region. (It
-takes the next region to be centred on the answer, which is the tracker's plain rule.)
+takes the next region to be centred on the answer, which is the tracker's plain rule.) Released
+weights load: see ``published.load_fartrack``. Their crops are OSTrack's.
 
 Differs from the paper:
 
@@ -160,6 +161,7 @@ class FARTrack(OneStreamModel):
         super().__init__(config)
         self.crops = replace(self.crops, geometry=config.geometry)
         for block in self.backbone.blocks:
+            assert isinstance(block, Block)
             block.norm1.eps = block.norm2.eps = config.norm_eps
         # One vector per slot of the bank, and one for the search region.
         self.identity = nn.Parameter(torch.zeros(config.num_templates + 1, config.dim))
@@ -189,7 +191,11 @@ class FARTrack(OneStreamModel):
         ours = self.state_dict()
         shapes = {name: value.shape for name, value in other.state_dict().items()}
         if missing := [k for k, v in shapes.items() if k not in ours or ours[k].shape != v]:
-            raise ValueError(f"cut: expected a part of this model, got one that needs {missing}")
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"cut: expected a part of this model, got one that needs "
+                f"{', '.join(missing[:3])}{more}"
+            )
         other.load_state_dict({name: ours[name] for name in shapes})
         return other.train(self.training)
 

@@ -18,10 +18,10 @@ __all__ = [
     "BatchNorm2d",
     "Block",
     "ConvNormAct",
+    "Normalise",
     "PatchEmbed",
     "ShuffleStem",
     "box_coverage",
-    "normalise",
 ]
 
 # RGB, 0..255
@@ -29,13 +29,26 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
-def normalise(image: Tensor) -> Tensor:
-    """Turn uint8 RGB ``(B, H, W, 3)`` into normalised float ``(B, 3, H, W)``."""
-    mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
-    scale = 1.0 / torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
-    # The cast comes first: TensorRT takes a uint8 input only into a cast. Channels come before the
-    # arithmetic: CPUs broadcast over the last axis of three slowly.
-    return (image.float().permute(0, 3, 1, 2) - mean) * scale
+class Normalise(nn.Module):
+    """ImageNet's mean and standard deviation taken out of pixels.
+
+    They are buffers, because numbers that are copied from host memory in every run cannot be
+    captured in a CUDA graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        scale = 1.0 / torch.tensor(IMAGENET_STD)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.mean: Tensor
+        self.scale: Tensor
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Turn uint8 RGB ``(B, H, W, 3)`` into normalised float ``(B, 3, H, W)``."""
+        # The cast comes first: TensorRT takes a uint8 input only into a cast. Channels come before
+        # the arithmetic: CPUs broadcast over the last axis of three slowly.
+        return (image.float().permute(0, 3, 1, 2) - self.mean) * self.scale
 
 
 def box_coverage(bbox_cxcywh: Tensor, *, grid: int) -> Tensor:

@@ -188,9 +188,10 @@ def load_fartrack(
     forward pass uses are loaded, ``masknorm``, and tokens are dropped; the two others keep all.
     Nano and Pico are the same weights cut short: ``cut(exit_after=(10,))`` and ``(6,)``.
 
-    What a frame says of given templates and given tokens is what the released code says. Which
-    tokens of a template stay, how long the bank remembers, and that special words are never an
-    answer, is as ``fartrack`` and ``template_bank`` say.
+    A frame's logits are those of the released code, given the templates and which of their tokens
+    are left, and boxes and crops are those of its last tracker, ``FARTrackSparse``. Not its own are
+    the choice of the tokens that are left, a bank that forgets, and that no coordinate is ever a
+    special word: see ``fartrack``, ``template_bank`` and ``coordinates``.
 
     Args:
         checkpoint: With FARTrack's names.

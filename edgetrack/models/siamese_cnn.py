@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edgetrack.bundle import CropSpec
 from edgetrack.models.general_distribution import GeneralDistributionModel
 from edgetrack.models.heads import GeneralDistributionHead, hann_window
-from edgetrack.models.layers import BatchNorm2d, ConvNormAct, ShuffleStem, normalise
+from edgetrack.models.layers import BatchNorm2d, ConvNormAct, Normalise, ShuffleStem
 from edgetrack.models.segmented import State
 from edgetrack.models.trunk import MAP_CHANNELS, CorrelationMaps
 from edgetrack.models.units import Units, channels_between
@@ -105,6 +105,7 @@ class Trunk(nn.Module):
     def __init__(self, config: SiameseCNNConfig) -> None:
         super().__init__()
         fine, coarse = ShuffleStem.channels
+        self.normalise = Normalise()
         self.stem = ShuffleStem()
         self.reduce = ConvNormAct(fine + MAP_CHANNELS, config.width, kernel=1)
         spread = COARSE_STRIDE // FINE_STRIDE
@@ -118,7 +119,7 @@ class Trunk(nn.Module):
 
     def fine(self, image: Tensor) -> Tensor:
         """Pixels ``(B, H, W, 3)`` → features at stride 8."""
-        return self.stem.fine(normalise(image))
+        return self.stem.fine(self.normalise(image))
 
     def joined(self, features: Tensor, fine: Tensor) -> Tensor:
         """Add the coarser half of the stem to the first stage's features."""

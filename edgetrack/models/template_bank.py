@@ -78,7 +78,8 @@ def choose_templates(history: Tensor, clock: Tensor, latest: Tensor, num_chosen:
     frame, stride = clock[:, :1], clock[:, 1:].clamp(min=1)
     middle = range(1, num_chosen - 1)
     shares = [0, *(round(_PARTS * (1 - _DECAY**i)) for i in middle)]
-    share = torch.tensor(shares, dtype=torch.int32, device=clock.device)
+    # Filled in on the device: copies from host memory cannot be captured in a CUDA graph.
+    share = torch.cat([torch.full_like(frame[:1, 0], number) for number in shares])
     # Whole thousands apart, so that no product leaves int32. ``torch.div`` would export a division
     # of floats, which cannot tell large frame numbers apart.
     thousands = frame // _PARTS

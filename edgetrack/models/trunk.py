@@ -10,10 +10,10 @@ from edgetrack.models.layers import (
     BatchNorm2d,
     Block,
     ConvNormAct,
+    Normalise,
     PatchEmbed,
     ShuffleStem,
     box_coverage,
-    normalise,
 )
 from edgetrack.models.units import Gate, Side, Units, channels_between
 
@@ -51,6 +51,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.template_grid = template_size_px // 16
         self.search_grid = search_size_px // 16
+        self.normalise = Normalise()
         if stem == "patch":
             self.patch_embed = PatchEmbed(dim, 16)
         else:
@@ -70,12 +71,12 @@ class Backbone(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Pixels ``(B, H, W, 3)`` → tokens ``(B, N, dim)`` without positions: ``patch`` trunks."""
-        tokens: Tensor = self.patch_embed(normalise(image))
+        tokens: Tensor = self.patch_embed(self.normalise(image))
         return tokens
 
     def fine(self, image: Tensor) -> Tensor:
         """Pixels ``(B, H, W, 3)`` → features at stride 8: ``shuffle`` trunks."""
-        return self.stem.fine(normalise(image))
+        return self.stem.fine(self.normalise(image))
 
     def coarse(self, fine: Tensor) -> Tensor:
         """Features at stride 8 → tokens ``(B, N, dim)`` without positions: ``shuffle`` trunks."""

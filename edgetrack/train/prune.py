@@ -122,7 +122,7 @@ def learned_scores(model: SegmentedModel) -> dict[str, Tensor]:
         if not values.isfinite().all():
             raise TrainingError(
                 f"gates: expected finite numbers, got {int((~values.isfinite()).sum())} others in "
-                f"{name}; search again with a lower learning rate"
+                f"{name}; delete the folder of the search, and search again"
             )
     return scores
 
@@ -144,7 +144,10 @@ def magnitude_scores(model: SegmentedModel) -> dict[str, Tensor]:
         readers = [_strength(model, s, units.count, axis=1) for s in units.read_by]
         values = (written * torch.stack(readers).sum(0)).sqrt()
         if not values.isfinite().all():
-            raise TrainingError(f"weights: expected finite numbers, got others at {units.name}")
+            raise TrainingError(
+                f"weights: expected finite numbers, got others at {units.name}; train the model "
+                "again, or take another bundle"
+            )
         scores[units.name] = (values / values.square().mean().sqrt()).reshape(units.shape)
     return scores
 

@@ -25,7 +25,7 @@ from edgetrack.train.recipes import CALIBRATION_CLIPS, Recipe, Stage
 from edgetrack.train.run import read_provenance, run_recipe
 from edgetrack.train.sampling import DEFAULT_MIX
 
-__all__ = ["PruneData", "budget_for", "export_pruned", "fine_tune", "open_dense", "rate_units"]
+__all__ = ["PruneData", "export_pruned", "fine_tune", "open_dense", "rate_units"]
 
 _Plan = tuple[tuple[str, float, float], ...]
 # Objective, its share of the pairs, and its rate.
@@ -83,7 +83,7 @@ def open_dense(path: Path, output: Path) -> tuple[Bundle, SegmentedModel]:
     if path.is_file():
         raise CheckpointError(
             f"{path}: expected a bundle or the folder of a training run, got a file; run: "
-            f"edgetrack import {path} --output BUNDLE, and prune that"
+            f"edgetrack import {path} --family FAMILY --output BUNDLE, and prune that"
         )
     bundle = Bundle.load(path)
     try:
@@ -152,7 +152,7 @@ def fine_tune(
     else:
         raise TrainingError(
             f"fine-tuning: expected General Distribution or CENTER heads, got {model.family}; "
-            "prune without data, then train it with edgetrack train --from"
+            "prune without --data"
         )
     stages = tuple(
         Stage(
@@ -216,52 +216,6 @@ def export_pruned(
         criterion=bundle.criterion,
         rules=bundle.rules,
     )
-
-
-def budget_for(
-    target_ms: float,
-    measure_ms: Callable[[float], float],
-    *,
-    smallest: float = 0.01,
-    tolerance: float = 0.02,
-    max_steps: int = 8,
-) -> tuple[float, float]:
-    """The largest budget whose measured time is within a target, by halving.
-
-    Args:
-        target_ms: Milliseconds to reach.
-        measure_ms: Budget → milliseconds on this machine.
-        smallest: Budget below which nothing is tried.
-        tolerance: Halve until budgets are this close, as a share of the larger.
-        max_steps: Halve this often, at most.
-
-    Returns:
-        The budget, and the time that was measured with it.
-
-    Raises:
-        ValueError: The target is no time, or even the smallest budget takes longer.
-    """
-    if not target_ms > 0:
-        raise ValueError(f"target_ms: expected above 0, got {target_ms:g}")
-    if (dense_ms := measure_ms(1.0)) <= target_ms:
-        return 1.0, dense_ms
-    low, high, low_ms = smallest, 1.0, measure_ms(smallest)
-    if low_ms > target_ms:
-        raise ValueError(
-            f"target_ms: expected at least {low_ms:.2f}, which the smallest budget {smallest:g} "
-            f"takes here (dense: {dense_ms:.2f}), got {target_ms:g}; stop at earlier exits, or "
-            "start from a smaller model"
-        )
-    for _ in range(max_steps):
-        if high - low <= tolerance * high:
-            break
-        middle = (low + high) / 2
-        middle_ms = measure_ms(middle)
-        if middle_ms <= target_ms:
-            low, low_ms = middle, middle_ms
-        else:
-            high = middle
-    return low, low_ms
 
 
 def _recipe(

@@ -40,7 +40,7 @@ __all__ = ["read_provenance", "read_sources", "run_recipe"]
 
 PROVENANCE_NAME = "provenance.json"
 # Key of the provenance → what the command line calls it, where that differs.
-_OPTIONS = {"start": "from", "pseudo_tracks": "pseudo-tracks"}
+_NAMES = {"start": "bundle to start from", "pseudo_tracks": "pseudo-tracks file"}
 _CLIP_FRAMES, _CLIP_WIDTH, _CLIP_HEIGHT = 24, 320, 240
 # Seeds from here on render training clips; the demo and the tests use small ones.
 _FIRST_CLIP_SEED = 1000
@@ -272,9 +272,9 @@ def _check_inputs(output: Path, inputs: Mapping[str, Any]) -> None:
         if name in before and _identity_of(before[name]) != _identity_of(now)
     ]
     if changed:
-        options = ", ".join("--" + _OPTIONS.get(name, name) for name in changed)
+        names = ", ".join(_NAMES.get(name, name) for name in changed)
         raise CheckpointError(
-            f"{output}: expected the inputs that this run began with, got another {options}; "
+            f"{output}: expected the inputs that this run began with, got another {names}; "
             "choose another --output, or delete the folder"
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import edgetrack
+from command_line import edgetrack_here
 from small_fartrack import FARTRACK_PATCH
 from small_models import PATCH
 
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_depth_of_a_trained_fartrack_is_a_bundle(run: Path, tmp_path: Path) -> None:
-    done = edgetrack(
+    done = edgetrack_here(
         "export", run, "--output", "cut", "--exits", "3", "--retention", "0.5", cwd=tmp_path
     )
 
@@ -70,7 +70,7 @@ def test_rules_that_were_tuned_on_a_familys_scores_are_exported(tmp_path: Path) 
     folder = tmp_path / "vit"
     write_run(folder, model="early_exit_vit-tiny", config=dataclasses.asdict(PATCH))
 
-    done = edgetrack("export", folder, "--output", "mine", cwd=tmp_path)
+    done = edgetrack_here("export", folder, "--output", "mine", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert Bundle.load(tmp_path / "mine").rules == TUNED
@@ -104,7 +104,7 @@ def test_a_family_has_rules_only_if_they_were_tuned_on_its_scores(
 def test_what_a_model_has_not_is_refused(
     run: Path, tmp_path: Path, options: tuple[str, str], hint: str, message: str
 ) -> None:
-    done = edgetrack("export", run, "--output", "cut", *options, cwd=tmp_path)
+    done = edgetrack_here("export", run, "--output", "cut", *options, cwd=tmp_path)
 
     assert done.returncode == 2
     text = " ".join(done.stderr.replace("│", " ").split())
@@ -117,7 +117,7 @@ def test_other_families_cannot_be_cut(tmp_path: Path) -> None:
     folder = tmp_path / "vit"
     write_run(folder, model="early_exit_vit-tiny", config=dataclasses.asdict(PATCH))
 
-    done = edgetrack("export", folder, "--output", "cut", "--retention", "0.5", cwd=tmp_path)
+    done = edgetrack_here("export", folder, "--output", "cut", "--retention", "0.5", cwd=tmp_path)
 
     assert done.returncode == 2
     text = " ".join(done.stderr.replace("│", " ").split())

@@ -6,7 +6,8 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from command_line import edgetrack
+from command_line import edgetrack, edgetrack_here
+from published_fartrack import fartrack_state_dict
 from published_ostrack import ostrack_state_dict
 
 from edgetrack.bundle import Bundle
@@ -16,10 +17,11 @@ from edgetrack.models.registry import create_model, load_fitting_weights, load_m
 StateDict = dict[str, torch.Tensor]
 
 
-def small_state_dict(search_px: int) -> StateDict:
+def small_state_dict(search_px: int, *, depth: int = 10) -> StateDict:
+    """Ten blocks are the fewest in which candidates can be eliminated as published."""
     side = search_px // 32
     return ostrack_state_dict(
-        dim=64, depth=10, template_tokens=side**2, search_tokens=4 * side**2, head_dim=16
+        dim=64, depth=depth, template_tokens=side**2, search_tokens=4 * side**2, head_dim=16
     )
 
 
@@ -77,9 +79,9 @@ def test_the_bundle_tracks_a_rendered_clip(home: Path, mine: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("search_px", [128, 96])
 def test_a_loretrack_is_imported_at_its_own_size(home: Path, search_px: int) -> None:
-    torch.save(small_state_dict(search_px), home / f"low_{search_px}.pth")
+    torch.save(small_state_dict(search_px, depth=2), home / f"low_{search_px}.pth")
 
-    done = edgetrack("import", f"low_{search_px}.pth", "--family", "loretrack", cwd=home)
+    done = edgetrack_here("import", f"low_{search_px}.pth", "--family", "loretrack", cwd=home)
 
     assert done.returncode == 0, done.stderr
     bundle = Bundle.load(home / f"loretrack-{search_px}")
@@ -87,6 +89,28 @@ def test_a_loretrack_is_imported_at_its_own_size(home: Path, search_px: int) -> 
     assert bundle.crops.search_size_px == search_px
     assert bundle.crops.search_factor == 5.0
     assert load_model(bundle).family == "loretrack"
+
+
+@pytest.mark.slow
+def test_a_fartrack_is_imported_at_the_depths_and_retention_that_are_asked_for(home: Path) -> None:
+    weights = fartrack_state_dict(
+        dim=64, is_sparse=True, num_blocks=3, num_extensions=2, template_tokens=9,
+        search_tokens=36, bins=40,
+    )  # fmt: skip
+    torch.save({"net": weights, "epoch": 15, "net_type": "FARTrackSparse"}, home / "sparse.pth.tar")
+
+    done = edgetrack(
+        "import", "sparse.pth.tar", "--family", "fartrack", "--exits", "3,5", "--retention", "0.5",
+        cwd=home,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "5 blocks of width 64, template 48 px, search region 96 px at factor 4" in done.stdout
+    assert "5 templates of 5 tokens each, exits behind 3, 5" in done.stdout
+    assert "--exit-policy and --threshold" in done.stdout
+    bundle = Bundle.load(home / "fartrack-96-3-5")
+    assert (bundle.num_exits, bundle.crops.geometry) == (2, "ostrack")
+    assert load_model(bundle).config.norm_eps == 1e-5
 
 
 @pytest.mark.slow
@@ -121,6 +145,12 @@ def test_an_imported_trunk_starts_an_early_exit_model(mine: Path) -> None:
             "expected no candidate elimination",
         ),
         (("net.pth.tar", "--family", "ostrack", "--output", "."), 1, "expected a new folder or a"),
+        (
+            ("net.pth.tar", "--family", "fartrack"),
+            1,
+            "FARTrack checkpoint: .*no backbone.pos_embed_",
+        ),
+        (("net.pth.tar", "--family", "ostrack", "--exits", "6"), 2, "fartrack, got ostrack"),
     ],
 )
 def test_what_cannot_be_imported_is_named_in_one_line(
@@ -134,7 +164,7 @@ def test_what_cannot_be_imported_is_named_in_one_line(
     torch.save(weights, home / "keys.pth")
     before = sorted(home.iterdir())
 
-    done = edgetrack("import", *options, cwd=home)
+    done = edgetrack_here("import", *options, cwd=home)
 
     assert done.returncode == code, done.stderr
     assert re.search(message, " ".join(done.stderr.replace("│", " ").split()))

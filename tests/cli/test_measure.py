@@ -1,5 +1,6 @@
 """``edgetrack bench`` as a person meets it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from toy_bundle import write_toy_bundle
 from edgetrack.bench import bench
 from edgetrack.bundle import Bundle
 from edgetrack.cli.options import print_table
-from edgetrack.cli.tables import print_bench
+from edgetrack.cli.tables import print_bench, when_to_stop
 from edgetrack.data.synthetic import render_clip
 from edgetrack.tracker import Tracker
 
@@ -121,3 +122,26 @@ def test_tables_show_extras_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("to do", ("what", "run"), [("it", "pip install 'a[b]'")], is_numeric=False)
 
     assert "pip install 'a[b]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("criterion", "thresholds", "words"),
+    [
+        ("entropy", (0.25, 0.3), "stop where entropy is below 0.25, 0.3"),
+        ("score", (0.04,), "stop where 1 - score is below 0.04"),
+        ("combined", (0.1,), "stop where the mean of entropy and 1 - score is below 0.1"),
+        ("entropy", (), "there is one exit"),
+    ],
+)
+def test_an_exit_policy_is_said_by_what_is_compared(
+    criterion: str, thresholds: tuple[float, ...], words: str
+) -> None:
+    assert when_to_stop(criterion, thresholds) == words
+
+
+def test_bench_names_the_criterion_of_the_tracker(
+    toy: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_report(dataclasses.replace(toy, criterion="score"), tmp_path)
+
+    assert "stop where 1 - score is below" in capsys.readouterr().out

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
-from command_line import edgetrack
+from command_line import edgetrack, edgetrack_here
 from small_models import PATCH, export_random
 
 from edgetrack.bundle import Bundle
@@ -36,7 +38,9 @@ def test_each_budget_becomes_a_bundle_and_a_row(home: Path) -> None:
     for key in ("share_of_units", "parameters", "macs"):
         values = [row[key] for row in rows]
         assert values == sorted(values, reverse=True)
-    assert all(row["full_depth_ms"] > 0 for row in rows)
+    for row in rows:
+        low, high = row["spread_ms"]
+        assert 0 < low <= row["full_depth_ms"] <= high
     pruned = Bundle.load(home / "out" / "small-0.01")
     assert pruned.provenance["pruning"]["budget"] == 0.01
     assert pruned.provenance["pruning"]["fine_tuning_samples"] == 0
@@ -54,11 +58,44 @@ def test_a_time_that_no_budget_meets_is_said_with_what_one_percent_takes(home: P
     assert not list(home.glob("never/small-*"))
 
 
+@pytest.mark.slow
+def test_the_budget_of_a_time_between_the_extremes_is_found(home: Path) -> None:
+    """Extremes are far apart, so that no load on the machine moves one past the middle."""
+    wide = dataclasses.replace(
+        PATCH, template_size_px=64, search_size_px=128, dim=256, mlp_ratio=8.0, exit_after=(3,)
+    )
+    export_random(wide, home / "wide", name="wide")
+    options = ("--backend", "onnxruntime", "--threads", "1")
+    extremes = edgetrack(
+        "prune", "wide", "--budget", "0.01", "--output", "least", *options, "--json", cwd=home
+    )
+    assert extremes.returncode == 0, extremes.stderr
+    dense_ms, least_ms = (row["full_depth_ms"] for row in json.loads(extremes.stdout))
+    target_ms = math.sqrt(dense_ms * least_ms)
+
+    done = edgetrack(
+        "prune", "wide", "--target-ms", f"{target_ms:.3f}", "--output", "timed", *options, cwd=home
+    )
+
+    assert done.returncode == 0, done.stderr
+    said = re.search(
+        r"budget ([\d.]+) for [\d.]+ ms: ([\d.]+) ms \(half of \d+ rounds: [\d.]+ to [\d.]+\), the "
+        r"largest within it of \d+ timed in turns at full depth; dense: ([\d.]+) ms",
+        words(done.stdout),
+    )
+    assert said is not None, done.stdout
+    budget, took_ms, whole_ms = map(float, said.groups())
+    assert 0.01 <= budget < 1
+    assert took_ms <= target_ms < whole_ms
+    (bundle,) = (Bundle.load(folder) for folder in (home / "timed").glob("wide-*"))
+    assert bundle.provenance["pruning"]["budget"] == pytest.approx(budget, rel=0.01)
+
+
 def test_one_exit_cannot_be_calibrated_and_that_is_said_before_any_training(home: Path) -> None:
     config = dataclasses.replace(PATCH, exit_after=(2,))
     export_random(config, home / "single", name="single")
 
-    done = edgetrack(
+    done = edgetrack_here(
         "prune", "single", "--budget", "0.5", "--calibrate", "nowhere", "--output", "never",
         cwd=home,
     )  # fmt: skip
@@ -88,7 +125,7 @@ def test_one_exit_cannot_be_calibrated_and_that_is_said_before_any_training(home
 def test_wrong_options_are_named(
     home: Path, options: tuple[str, ...], code: int, message: str
 ) -> None:
-    done = edgetrack("prune", "dense", *options, "--output", "never", cwd=home)
+    done = edgetrack_here("prune", "dense", *options, "--output", "never", cwd=home)
 
     assert done.returncode == code, done.stderr
     assert message in words(done.stderr)

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +62,7 @@ def test_every_exit_has_a_head_and_only_heads_write_boxes(bundle: Bundle) -> Non
     assert writers == {head.name for head in bundle.heads}
     assert len(bundle.heads) == bundle.num_exits
     assert set(bundle.operating_points) == {"fast", "medium", "base"}
+    assert bundle.criterion == "score"
 
 
 def test_no_graph_holds_what_only_training_reads(bundle: Bundle) -> None:
@@ -188,13 +188,18 @@ GOLDEN = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_untrained(
+        create_model("dytrack-tiny"), tmp_path_factory.mktemp("tiny") / "bundle"
+    )
+
+
 @pytest.mark.rtx
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_tensorrt_builds_every_graph_of_tiny(precision: str, tmp_path: Path) -> None:
-    bundle = export_untrained(create_model("dytrack-tiny"), tmp_path / "bundle")
-
-    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
+def test_tensorrt_builds_every_graph_of_tiny(tiny: Bundle, precision: str) -> None:
+    tables = compile_with_rtx(tiny, precision=precision)
 
     for name, rows in tables.items():
         if name.startswith("segment"):

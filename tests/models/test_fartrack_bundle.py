@@ -1,7 +1,6 @@
 """A FARTrack outside torch: its graphs, its state from frame to frame, its engines."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from edgetrack.backends import get_backend
 from edgetrack.bundle import Bundle
 from edgetrack.crops import Cropper, CropWindow
 from edgetrack.data.synthetic import render_clip
-from edgetrack.models.fartrack import CONFIGS, FARTrack
 from edgetrack.models.registry import create_model, load_model
 from edgetrack.parity import compare, open_runner
 from edgetrack.runtime.policies import ExitPolicy
@@ -159,16 +157,19 @@ def test_a_tracker_that_starts_again_forgets_its_templates(
     assert first == again
 
 
+@pytest.fixture(scope="module", params=["micro", "exits"])
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    model = create_model(f"fartrack-{request.param}")
+    return export_untrained(model, tmp_path_factory.mktemp("variant") / "bundle")
+
+
 @pytest.mark.rtx
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-@pytest.mark.parametrize("variant", ["micro", "exits"])
-def test_tensorrt_builds_every_graph(variant: str, precision: str, tmp_path: Path) -> None:
-    bundle = export_untrained(create_model(f"fartrack-{variant}"), tmp_path / "bundle")
+def test_tensorrt_builds_every_graph(variant: Bundle, precision: str) -> None:
+    tables = compile_with_rtx(variant, precision=precision)
 
-    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
-
-    ends = CONFIGS[variant].exit_after
+    ends = variant.config["exit_after"]
     blocks = {f"segment_{k}": n for k, n in enumerate(np.diff((0, *ends)))}
     for name, rows in tables.items():
         assert "Float" not in precisions_of_products(rows), name

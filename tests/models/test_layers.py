@@ -6,7 +6,7 @@ from tolerances import FROM_TWIN
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from edgetrack.models.layers import Block, ConvNormAct, PatchEmbed, box_coverage, normalise
+from edgetrack.models.layers import Block, ConvNormAct, Normalise, PatchEmbed, box_coverage
 
 
 def layer_norm_by_hand(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -38,7 +38,7 @@ def block_by_hand(block: Block, tokens: Tensor, *, num_heads: int) -> Tensor:
 def test_pixels_are_normalised_as_imagenets() -> None:
     image = torch.arange(2 * 3 * 2 * 3, dtype=torch.uint8).reshape(2, 3, 2, 3) * 7
 
-    pixels = normalise(image)
+    pixels = Normalise()(image)
 
     for channel, (mean, std) in enumerate(
         zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)

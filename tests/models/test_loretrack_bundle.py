@@ -1,7 +1,6 @@
 """A LoReTrack outside torch: its graphs, its closed loop, its engines."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,13 +57,18 @@ def test_a_bundle_with_one_exit_tracks(bundle: Bundle) -> None:
     assert all(np.isfinite(result.bbox).all() for result in results)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_untrained(
+        create_model("loretrack-tiny"), tmp_path_factory.mktemp("tiny") / "bundle"
+    )
+
+
 @pytest.mark.rtx
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_tensorrt_builds_every_graph_of_tiny(precision: str, tmp_path: Path) -> None:
-    bundle = export_untrained(create_model("loretrack-tiny"), tmp_path / "bundle")
-
-    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
+def test_tensorrt_builds_every_graph_of_tiny(tiny: Bundle, precision: str) -> None:
+    tables = compile_with_rtx(tiny, precision=precision)
 
     for name, rows in tables.items():
         # INT8 pays for no layer of the template graph: each is too small.

@@ -1,7 +1,6 @@
 """An OSTrack outside torch: its graphs, its closed loop, its engines."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,19 +146,19 @@ GOLDEN = {
 }
 
 
+@pytest.fixture(scope="module", params=[(), (1, 2)], ids=["all candidates", "eliminating"])
+def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    config = dataclasses.replace(WIDE, eliminate_at=request.param)
+    return export_untrained(OSTrack(config), tmp_path_factory.mktemp("wide") / "bundle")
+
+
 @pytest.mark.rtx
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-@pytest.mark.parametrize("eliminate_at", [(), (1, 2)], ids=["all candidates", "eliminating"])
-def test_tensorrt_builds_every_graph(
-    precision: str, eliminate_at: tuple[int, ...], tmp_path: Path
-) -> None:
-    config = dataclasses.replace(WIDE, eliminate_at=eliminate_at)
-    bundle = export_untrained(OSTrack(config), tmp_path / "bundle")
-
-    tables = compile_with_rtx(bundle, tmp_path, precision=precision)
+def test_tensorrt_builds_every_graph(wide: Bundle, precision: str) -> None:
+    tables = compile_with_rtx(wide, precision=precision)
 
     rows = tables["segment_0"]
     assert ("Int8" in precisions_of_products(rows)) == (precision == "int8")
     assert "Float" not in precisions_of_products(rows)
-    assert num_attentions(rows) == config.exit_after[0]
+    assert num_attentions(rows) == WIDE.exit_after[0]

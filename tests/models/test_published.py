@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from edgetrack.errors import CheckpointError
-from edgetrack.models.layers import ShuffleStem, normalise
+from edgetrack.models.layers import Normalise, ShuffleStem
 from edgetrack.models.ostrack import CONFIGS
 from edgetrack.models.published import (
     PublishedCheckpoint,
@@ -323,7 +323,7 @@ def test_the_stem_equals_its_reference_at_both_strides(pretrained: Path) -> None
     rgb = torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8)
 
     load_shuffle_stem(stem, pretrained / STEM_FILE)
-    features = stem(normalise(rgb))
+    features = stem(Normalise()(rgb))
 
     bgr = rgb.flip(-1).float() - torch.tensor(reference_module.MEAN_BGR)
     bgr = (bgr / torch.tensor(reference_module.STD_BGR)).permute(0, 3, 1, 2)

@@ -18,6 +18,7 @@ from tolerances import FROM_TWIN
 from torch import Tensor
 from torch.testing import assert_close
 
+from edgetrack.bundle import Bundle
 from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import CheckpointError
 from edgetrack.export import export_bundle
@@ -221,18 +222,10 @@ def track_slowly(
     return track
 
 
-@RELEASES
-@pytest.mark.parametrize("start", [(60.0, 50.0, 40.0, 30.0), (205.5, 150.25, 30.0, 24.0)])
-def test_the_closed_loop_is_the_released_one(
-    is_sparse: bool,
-    start: tuple[float, float, float, float],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """With all tokens, and as many frames as the bank remembers; windows leave the frame soon."""
-    weights = small_state_dict(is_sparse=is_sparse)
-    model = load(weights).cut(retention=1.0)
-    bundle = export_bundle(
-        model,
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_bundle(
+        load(small_state_dict()).cut(retention=1.0),
         tmp_path_factory.mktemp("fartrack") / "bundle",
         name="fartrack-small",
         operating_points={"balanced": ()},
@@ -240,12 +233,19 @@ def test_the_closed_loop_is_the_released_one(
         provenance={},
         licence="random weights",
     )
+
+
+@pytest.mark.parametrize("start", [(60.0, 50.0, 40.0, 30.0), (205.5, 150.25, 30.0, 24.0)])
+def test_the_closed_loop_is_the_released_one(
+    bundle: Bundle, start: tuple[float, float, float, float]
+) -> None:
+    """With all tokens, and as many frames as the bank remembers; windows leave the frame."""
     frames = [frame for frame, _ in render_clip(num_frames=12, width=240, height=180, seed=3)]
 
     with Tracker(bundle, backend="onnxruntime") as tracker:
         tracker.init(frames[0], start)
         track = [tracker.update(frame).bbox for frame in frames[1:]]
 
-    sizes_px = (model.crops.template_size_px, model.crops.search_size_px)
-    expected = track_slowly(weights, frames, list(start), sizes_px=sizes_px)
+    sizes_px = (bundle.crops.template_size_px, bundle.crops.search_size_px)
+    expected = track_slowly(small_state_dict(), frames, list(start), sizes_px=sizes_px)
     assert_allclose(track, expected, atol=1e-2)

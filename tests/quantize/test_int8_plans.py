@@ -1,6 +1,5 @@
 """What TensorRT-RTX makes of the INT8 graphs, read from the builder's layer table: no GPU."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ from recorded import record_inputs
 
 from edgetrack.backends.trt.layer_table import LayerRow, layer_table
 from edgetrack.bundle import Bundle
-from edgetrack.export import export_bundle
-from edgetrack.models.registry import create_model
 from edgetrack.quantize.cache import CalibrationCache, find_cache
 from edgetrack.quantize.calibrate import MIN_CROPS, calibrate, smoothed_graphs
 from edgetrack.quantize.int8 import planned_layers, quantize_bundle
@@ -63,9 +60,7 @@ def plans_of(trt: Any, bundle: Bundle, cache: CalibrationCache) -> Plans:
 
 
 @pytest.fixture(scope="module", params=["tiny", "base"])
-def plans(
-    request: pytest.FixtureRequest, shipped_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Plans]:
+def plans(request: pytest.FixtureRequest, shipped_bundle: Bundle) -> Plans:
     """INT8 layers and layer tables: of the bundle that ships, and of a random ``base``."""
     trt = pytest.importorskip(
         "tensorrt_rtx", reason="needs tensorrt_rtx, which builds without a GPU"
@@ -73,20 +68,11 @@ def plans(
     if request.param == "tiny":
         path = find_cache(shipped_bundle, COMMITTED)
         assert path is not None
-        yield plans_of(trt, shipped_bundle, CalibrationCache.read(path))
-        return
-    base = export_bundle(
-        create_model("early_exit_vit-base"),
-        tmp_path_factory.mktemp("base") / "bundle",
-        name="early_exit_vit-base",
-        operating_points={"balanced": (0.3, 0.3)},
-        operating_point="balanced",
-        provenance={},
-        licence="random weights",
-    )
+        return plans_of(trt, shipped_bundle, CalibrationCache.read(path))
+    base = request.getfixturevalue("base_bundle")
     recorded = record_inputs(base.crops, num_frames=MIN_CROPS)
     crops = [(f"clip/{k:06d}", inputs) for k, inputs in enumerate(recorded)]
-    yield plans_of(trt, base, calibrate(base, crops, method="max"))
+    return plans_of(trt, base, calibrate(base, crops, method="max"))
 
 
 def products_of(rows: tuple[LayerRow, ...], precision: str) -> list[LayerRow]:

@@ -4,15 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 import torch
+from rendered import write_sequence
 from small_families import FAMILIES, make_cnn
 from small_models import PATCH, export_random, make_model
 
 from edgetrack.bundle import Bundle
-from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import BundleError, CheckpointError, TrainingError
 from edgetrack.export import export_bundle
 from edgetrack.models.registry import load_model
@@ -20,7 +18,6 @@ from edgetrack.train import prune_run
 from edgetrack.train.prune import Rounding, magnitude_scores, prune
 from edgetrack.train.prune_run import (
     PruneData,
-    budget_for,
     export_pruned,
     fine_tune,
     open_dense,
@@ -61,13 +58,7 @@ def data(training_folder: Path) -> PruneData:
 def training_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training folder with one rendered clip."""
     folder = tmp_path_factory.mktemp("data")
-    clip = folder / "videos" / "clip"
-    (clip / "img").mkdir(parents=True)
-    boxes = []
-    for index, (frame, bbox) in enumerate(render_clip(num_frames=6, seed=1), 1):
-        cv2.imwrite(str(clip / "img" / f"{index:06d}.jpg"), frame)
-        boxes.append(bbox)
-    np.savetxt(clip / "groundtruth.txt", np.array(boxes), "%.3f", ",")
+    write_sequence(folder / "videos" / "clip", seed=1)
     return folder
 
 
@@ -219,7 +210,7 @@ def test_a_family_that_learns_from_a_teacher_is_told_what_to_run(
     pruned = prune(model, magnitude_scores(model), 0.5)
     bundle: Any = None
 
-    with pytest.raises(TrainingError, match=r"^fine-tuning: .*got dytrack; prune without data"):
+    with pytest.raises(TrainingError, match=r"^fine-tuning: .*got dytrack; prune without --data"):
         fine_tune(bundle, pruned, tmp_path, label="never", data=data)
 
 
@@ -236,34 +227,3 @@ def test_a_pruned_cnn_is_fine_tuned_too(data: PruneData, tmp_path: Path) -> None
     tuned = fine_tune(bundle, pruned, tmp_path, label="tuned", data=data)
 
     assert tuned.config_dict == pruned.model.config_dict
-
-
-def test_the_budget_of_a_time_is_the_largest_that_keeps_it() -> None:
-    tried: list[float] = []
-
-    def measure_ms(budget: float) -> float:
-        tried.append(budget)
-        return 2.0 + 10.0 * budget
-
-    budget, took_ms = budget_for(7.0, measure_ms)
-
-    assert took_ms <= 7.0
-    assert budget == pytest.approx(0.5, abs=0.01)
-    assert len(tried) <= 10
-
-
-def test_a_model_that_is_fast_enough_is_not_pruned() -> None:
-    assert budget_for(20.0, lambda budget: 2.0 + 10.0 * budget) == (1.0, 12.0)
-
-
-@pytest.mark.parametrize(
-    ("target_ms", "message"),
-    [
-        (1.0, r"^target_ms: expected at least 2.10, which the smallest budget 0.01 takes here"),
-        (0.0, "^target_ms: expected above 0, got 0"),
-        (float("nan"), "^target_ms: expected above 0, got nan"),
-    ],
-)
-def test_a_time_that_cannot_be_met_is_refused(target_ms: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        budget_for(target_ms, lambda budget: 2.0 + 10.0 * budget)

@@ -4,13 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
+from rendered import write_sequence
 from small_models import PATCH, export_random
 
 from edgetrack.bundle import Bundle
-from edgetrack.data.synthetic import render_clip
 from edgetrack.errors import CheckpointError
 from edgetrack.models.early_exit_vit import CONFIGS
 from edgetrack.train.recipes import Recipe, get_recipe
@@ -27,19 +25,13 @@ def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training folder with one rendered clip."""
     folder = tmp_path_factory.mktemp("data")
-    clip = folder / "videos" / "clip"
-    (clip / "img").mkdir(parents=True)
-    boxes = []
-    for index, (frame, bbox) in enumerate(render_clip(num_frames=6, seed=1), 1):
-        cv2.imwrite(str(clip / "img" / f"{index:06d}.jpg"), frame)
-        boxes.append(bbox)
-    np.savetxt(clip / "groundtruth.txt", np.array(boxes), "%.3f", ",")
+    write_sequence(folder / "videos" / "clip", seed=1)
     return folder
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_random(PATCH, tmp_path_factory.mktemp("start") / "bundle", name="start")
+def start(small_bundle: Bundle) -> Bundle:
+    return small_bundle
 
 
 def recipe_of(*, frozen: float = 0.0, objective: str = "final_exit", **changes: Any) -> Recipe:
@@ -109,9 +101,9 @@ def test_a_run_does_not_go_on_from_other_weights_or_data(
     recorded = (run / "provenance.json").read_bytes()
 
     for named, options in {
-        "--from": {"start": other},
-        "--from, --teacher": {"start": None, "teacher": other},
-        "--data": {"sources": [("folder", more)]},
+        "bundle to start from": {"start": other},
+        "bundle to start from, teacher": {"start": None, "teacher": other},
+        "data": {"sources": [("folder", more)]},
     }.items():
         given: dict[str, Any] = {"sources": [("folder", data)], "start": start, **options}
         with pytest.raises(CheckpointError, match=f"got another {named}; choose another --output"):

@@ -1,41 +1,27 @@
 """What TensorRT-RTX makes of our own families, read from the builder's layer table: no GPU."""
 
-import pytest
+from collections.abc import Mapping
 
-from edgetrack.backends.trt.layer_table import LayerRow, read_layer_table
-from edgetrack.build import build
-from edgetrack.export import export_bundle
+import pytest
+from compiled import compile_with_rtx
+
+from edgetrack.backends.trt.layer_table import LayerRow
 from edgetrack.models.early_exit_vit import CONFIGS
-from edgetrack.models.registry import create_model
 
 pytestmark = [pytest.mark.rtx, pytest.mark.slow]
 
 
+Plans = tuple[str, Mapping[str, tuple[LayerRow, ...]]]
+
+
 @pytest.fixture(scope="module", params=["tiny", "base"])
-def plans(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, tuple[LayerRow, ...]]]:
+def plans(request: pytest.FixtureRequest) -> Plans:
     """The layer tables of all graphs of a variant with random weights, built in FP16."""
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds without a GPU")
-    folder = tmp_path_factory.mktemp(request.param)
-    bundle = export_bundle(
-        create_model(f"early_exit_vit-{request.param}"),
-        folder / "bundle",
-        name=request.param,
-        operating_points={"balanced": (0.3, 0.3)},
-        operating_point="balanced",
-        provenance={},
-        licence="random weights",
-    )
-    engines = build(bundle, backend="tensorrt-rtx", precision="fp16", output=folder / "engines")
-    return request.param, {
-        name: read_layer_table(engines.path / graph.file) for name, graph in engines.graphs.items()
-    }
+    name = {"tiny": "random_bundle", "base": "base_bundle"}[request.param]
+    return request.param, compile_with_rtx(request.getfixturevalue(name), precision="fp16")
 
 
-def test_attention_is_fused_in_every_block(
-    plans: tuple[str, dict[str, tuple[LayerRow, ...]]],
-) -> None:
+def test_attention_is_fused_in_every_block(plans: Plans) -> None:
     variant, tables = plans
     ends = CONFIGS[variant].exit_after
     num_exits = len(ends)
@@ -54,7 +40,7 @@ def test_attention_is_fused_in_every_block(
     assert fused == expected
 
 
-def test_no_product_runs_in_fp32(plans: tuple[str, dict[str, tuple[LayerRow, ...]]]) -> None:
+def test_no_product_runs_in_fp32(plans: Plans) -> None:
     _, tables = plans
 
     in_fp32 = [
@@ -67,9 +53,7 @@ def test_no_product_runs_in_fp32(plans: tuple[str, dict[str, tuple[LayerRow, ...
     assert in_fp32 == []
 
 
-def test_the_table_shows_four_products_and_an_attention_per_block(
-    plans: tuple[str, dict[str, tuple[LayerRow, ...]]],
-) -> None:
+def test_the_table_shows_four_products_and_an_attention_per_block(plans: Plans) -> None:
     variant, tables = plans
     ends = CONFIGS[variant].exit_after
 

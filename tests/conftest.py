@@ -16,7 +16,10 @@ DATA_PACK = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test draws the same numbers on every run, alone or among the others."""
+    """A test draws the same numbers with torch on every run, alone or among the others.
+
+    Fixtures that are shared are made before this: they seed for themselves.
+    """
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
 
@@ -82,11 +85,13 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def base_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """An ``early_exit_vit-base`` with random weights; takes half a minute, so for slow tests."""
+    import torch
     from compiled import export_untrained
 
     from edgetrack.models.registry import create_model
 
     folder = tmp_path_factory.mktemp("base") / "bundle"
+    torch.manual_seed(0)
     return export_untrained(create_model("early_exit_vit-base"), folder)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgetrack.train.loop import Progress
     from edgetrack.train.recipes import Recipe, Stage
 
-__all__ = ["author_side", "export", "train"]
+__all__ = ["author_side", "cut", "export", "train"]
 
 
 def train(
@@ -280,13 +280,15 @@ def cut(model: "SegmentedModel", *, exits: str | None, retention: float | None) 
     if exits is None and retention is None:
         return model
     if not isinstance(model, FARTrack):
-        raise typer.BadParameter(
-            f"expected a trained fartrack, got {model.family}", param_hint=hint
-        )
+        raise typer.BadParameter(f"expected a fartrack, got {model.family}", param_hint=hint)
     changes: dict[str, Any] = {} if retention is None else {"retention": retention}
+    if exits is not None:
+        if not all(part.strip().isdecimal() for part in exits.split(",")):
+            raise typer.BadParameter(
+                f"expected numbers of layers such as 6,10,15, got {exits!r}", param_hint=hint
+            )
+        changes["exit_after"] = tuple(int(part) for part in exits.split(","))
     try:
-        if exits is not None:
-            changes["exit_after"] = tuple(int(v) for v in exits.split(","))
         return model.cut(**changes)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=hint) from error

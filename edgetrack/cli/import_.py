@@ -118,6 +118,8 @@ def _name_of(model: "SegmentedModel") -> str:
     parts = [model.family, str(config.search_size_px)]
     if model.family == "fartrack":
         parts += [str(depth) for depth in config.exit_after]
+        if config.retention < 1:
+            parts.append(f"r{100 * config.retention:g}")
     elif config.eliminate_at:
         parts.append("ce")
     return "-".join(parts)

@@ -104,7 +104,7 @@ def when_to_stop(criterion: str, thresholds: Sequence[float]) -> str:
     if not thresholds:
         return "there is one exit"
     below = ", ".join(f"{t:.4g}" for t in thresholds)
-    return f"stop where {_COMPARED[criterion]} is below {below}"
+    return f"stop where {_COMPARED.get(criterion, criterion)} is below {below}"
 
 
 def _beside(*numbers: float | None, digits: int = 2) -> str:

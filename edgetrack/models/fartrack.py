@@ -99,10 +99,13 @@ class FARTrackConfig(TrunkConfig):
             )
         if not 0 < self.retention <= 1:
             raise ValueError(f"retention: expected more than 0, up to 1, got {self.retention}")
-        if not 1 <= self.selection_layers <= self.exit_after[0]:
+        if self.selection_layers < 1:
+            raise ValueError(f"selection_layers: expected at least 1, got {self.selection_layers}")
+        if self.exit_after[0] < self.selection_layers:
             raise ValueError(
-                f"selection_layers: expected 1 to {self.exit_after[0]}, the layers before the "
-                f"first exit, got {self.selection_layers}"
+                f"exit_after: expected the first exit behind layer {self.selection_layers} or a "
+                "later one (selection_layers: those before it choose template tokens), got "
+                f"{self.exit_after}"
             )
         if self.history_places < 2 or self.history_places % 2:
             raise ValueError(

@@ -42,13 +42,14 @@ _OSTRACK_KEYS = "OSTrack checkpoint: expected the keys of a ViT trunk and a CENT
 _FARTRACK_KEYS = (
     "FARTrack checkpoint: expected the keys of a ViT trunk, identities and a vocabulary"
 )
+_OF_SEQUENCES = "backbone.prev_position_embeddings.weight"
 # What FARTrack's code makes and never reads.
 _UNUSED_BY_FARTRACK = (
     "backbone.cls_token",
     "backbone.pos_embed",
     "backbone.pos_embed_z",
     "backbone.pos_embed_z1",
-    "backbone.prev_position_embeddings.weight",
+    _OF_SEQUENCES,
 )
 _FARTRACK_NAMES = {
     "identity": "identity",
@@ -206,6 +207,12 @@ def load_fartrack(
     """
     weights = {k: v for k, v in checkpoint.weights.items() if k not in _UNUSED_BY_FARTRACK}
     is_sparse = _is_sparse(weights)
+    if _OF_SEQUENCES in checkpoint.weights and not is_sparse:
+        raise CheckpointError(
+            f"{_FARTRACK_KEYS} of FARTrack, FARTrackDistill or FARTrackSparse, got {_OF_SEQUENCES} "
+            "without masked norms, which is FARTrackSeq's; import the FARTrackSparse that was "
+            "trained from it"
+        )
     if is_sparse:
         weights = {k: v for k, v in weights.items() if not re.search(r"\.norm[12]\.", k)}
     config = _fartrack_config(weights)
@@ -257,15 +264,20 @@ def _fartrack_config(weights: Mapping[str, Tensor]) -> FARTrackConfig:
             f"{NUM_SPECIAL_WORDS}, width), got {tuple(identity.shape)} and {tuple(words.shape)}"
         )
     is_sparse = _is_sparse(weights)
-    return FARTrackConfig(
-        **trunk,
-        exit_after=(_count(weights, "blocks") + _count(weights, "extension"),),
-        num_templates=identity.shape[1] - 1,
-        num_bins=len(words) - NUM_SPECIAL_WORDS,
-        retention=FARTrackConfig.retention if is_sparse else 1.0,
-        norm_eps=_MASKED_NORM_EPS if is_sparse else FARTrackConfig.norm_eps,
-        geometry="ostrack",
-    )
+    depth = _count(weights, "blocks") + _count(weights, "extension")
+    try:
+        return FARTrackConfig(
+            **trunk,
+            exit_after=(depth,),
+            selection_layers=min(FARTrackConfig.selection_layers, depth),
+            num_templates=identity.shape[1] - 1,
+            num_bins=len(words) - NUM_SPECIAL_WORDS,
+            retention=FARTrackConfig.retention if is_sparse else 1.0,
+            norm_eps=_MASKED_NORM_EPS if is_sparse else FARTrackConfig.norm_eps,
+            geometry="ostrack",
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{_FARTRACK_KEYS}, got shapes that cannot be: {error}") from error
 
 
 def _trunk_of(
@@ -290,8 +302,9 @@ def _trunk_of(
             raise CheckpointError(f"{expected}, {name} of (1, n * n, width), got {shape}")
         sizes.append(math.isqrt(shape[1]) * _PATCH_PX)
     patch, hidden = weights[_PATCH_KEY], weights[read[-1]]
-    dim = patch.shape[0]
-    if tuple(patch.shape) != (dim, 3, _PATCH_PX, _PATCH_PX) or dim % _HEAD_DIM or hidden.ndim != 2:
+    dim = len(patch) if patch.ndim else 0
+    is_patch = dim > 0 and tuple(patch.shape) == (dim, 3, _PATCH_PX, _PATCH_PX)
+    if not is_patch or dim % _HEAD_DIM or hidden.ndim != 2:
         raise CheckpointError(
             f"{expected}, {_PATCH_KEY} of (n * {_HEAD_DIM}, 3, {_PATCH_PX}, {_PATCH_PX}) and "
             f"matrices in the MLP, got {tuple(patch.shape)} and {tuple(hidden.shape)}"

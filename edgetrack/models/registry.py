@@ -67,16 +67,16 @@ def create_model(name: str, config: Mapping[str, Any] | None = None) -> Segmente
 def _made_of(
     kinds: Sequence[type[SegmentedModel]], values: Mapping[str, Any], *, family: str
 ) -> SegmentedModel:
-    """The first model whose configuration, a dataclass, has all keys of what JSON holds."""
-    known = [[f.name for f in dataclasses.fields(kind.config_class)] for kind in kinds]
-    fitting = [kind for kind, keys in zip(kinds, known, strict=True) if {*values} <= {*keys}]
-    if not fitting:
-        unknown = sorted({*values} - {*known[0]})
-        raise ValueError(f"{family}: expected keys among {sorted(known[0])}, got {unknown}")
-    config_class = fitting[0].config_class
-    return fitting[0](
-        config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    )
+    """The model whose configuration, a dataclass, knows most keys of what JSON holds."""
+
+    def known(kind: type[SegmentedModel]) -> set[str]:
+        return {field.name for field in dataclasses.fields(kind.config_class)}
+
+    kind = min(kinds, key=lambda kind: len({*values} - known(kind)))
+    if unknown := sorted({*values} - known(kind)):
+        raise ValueError(f"{family}: expected keys among {sorted(known(kind))}, got {unknown}")
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(kind.config_class(**config))
 
 
 def load_model(bundle: Bundle) -> SegmentedModel:

@@ -6,6 +6,7 @@ chosen was compared twice at least, so that one that was fast enough by luck is 
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,36 +85,41 @@ def budget_for(
     if not target_ms > 0:
         raise ValueError(f"target_ms: expected above 0, got {target_ms:g}")
     rounds: dict[float, tuple[float, ...]] = {smallest: (), 1.0: ()}
+    compared: Counter[float] = Counter()
 
     def run(budgets: Sequence[float]) -> dict[float, Timing]:
+        compared.update(budgets)
         for budget, timing in zip(budgets, time_together(budgets), strict=True):
             rounds[budget] = (*rounds.get(budget, ()), *timing.rounds_ms)
         return {budget: Timing(rounds_ms=rounds[budget]) for budget in sorted(rounds)}
 
+    def largest_within() -> float:
+        fast = (budget for budget, timing in timings.items() if timing.median_ms <= target_ms)
+        return max(fast, default=smallest)
+
+    def next_above(budget: float) -> float:
+        return min((b for b in timings if b > budget), default=smallest)
+
     timings = run([smallest, 1.0])
-    confirmed = {smallest}
     for _ in range(max_steps):
-        within = [budget for budget, timing in timings.items() if timing.median_ms <= target_ms]
-        if not within or 1.0 in within:
-            break
-        low = max(within)
-        high = min(budget for budget in timings if budget > low)
-        low_ms, high_ms = timings[low].median_ms, timings[high].median_ms
-        if low_ms >= (1 - slack) * target_ms or high - low <= tolerance * high:
-            if low in confirmed:
+        low = largest_within()
+        high, low_ms = next_above(low), timings[low].median_ms
+        if low == 1.0 or low_ms >= (1 - slack) * target_ms or high - low <= tolerance * high:
+            if compared[low] > 1:
                 break
-            confirmed.add(low)
-            timings = run([low, high])
+            timings = run(sorted([low, high]))
             continue
+        high_ms = timings[high].median_ms
         share = ((1 - slack / 2) * target_ms - low_ms) / (high_ms - low_ms)
         middle = low + (high - low) * min(max(share, 0.1), 0.9)
         # Its neighbours run too, so that none is timed on an emptier machine than another.
         timings = run([low, middle, high])
-    within = [budget for budget, timing in timings.items() if timing.median_ms <= target_ms]
-    if not within:
+    while compared[found := largest_within()] < 2:
+        timings = run(sorted([found, next_above(found)]))
+    if timings[found].median_ms > target_ms:
         raise ValueError(
             f"target_ms: expected at least what the smallest budget {smallest:g} takes here, "
             f"{timings[smallest]} (dense: {timings[1.0]}), got {target_ms:g}; stop at earlier "
             "exits, or start from a smaller model"
         )
-    return FoundBudget(budget=max(within), timings=timings)
+    return FoundBudget(budget=found, timings=timings)

@@ -108,7 +108,7 @@ def test_a_fartrack_is_imported_at_the_depths_and_retention_that_are_asked_for(h
     assert "5 blocks of width 64, template 48 px, search region 96 px at factor 4" in done.stdout
     assert "5 templates of 5 tokens each, exits behind 3, 5" in done.stdout
     assert "--exit-policy and --threshold" in done.stdout
-    bundle = Bundle.load(home / "fartrack-96-3-5")
+    bundle = Bundle.load(home / "fartrack-96-3-5-r50")
     assert (bundle.num_exits, bundle.crops.geometry) == (2, "ostrack")
     assert load_model(bundle).config.norm_eps == 1e-5
 

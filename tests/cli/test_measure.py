@@ -131,6 +131,7 @@ def test_tables_show_extras_in_full(capsys: pytest.CaptureFixture[str]) -> None:
         ("score", (0.04,), "stop where 1 - score is below 0.04"),
         ("combined", (0.1,), "stop where the mean of entropy and 1 - score is below 0.1"),
         ("entropy", (), "there is one exit"),
+        ("margin", (0.1,), "stop where margin is below 0.1"),  # of a bundle from elsewhere
     ],
 )
 def test_an_exit_policy_is_said_by_what_is_compared(

@@ -190,6 +190,7 @@ GOLDEN = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    torch.manual_seed(0)
     return export_untrained(
         create_model("dytrack-tiny"), tmp_path_factory.mktemp("tiny") / "bundle"
     )

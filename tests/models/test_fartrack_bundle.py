@@ -159,6 +159,7 @@ def test_a_tracker_that_starts_again_forgets_its_templates(
 
 @pytest.fixture(scope="module", params=["micro", "exits"])
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    torch.manual_seed(0)
     model = create_model(f"fartrack-{request.param}")
     return export_untrained(model, tmp_path_factory.mktemp("variant") / "bundle")
 

@@ -77,3 +77,10 @@ def test_tiny_shares_all_but_the_exits_before_the_last() -> None:
     tiny, whole = CONFIGS["tiny"], early_exit_vit.CONFIGS["tiny"]
 
     assert dataclasses.replace(whole, exit_after=(6,)) == tiny
+
+
+def test_an_unknown_key_is_the_only_one_that_is_named() -> None:
+    config = {**dataclasses.asdict(CONFIGS["tiny"]), "widht": 3}
+
+    with pytest.raises(ValueError, match=r"^loretrack: expected keys among .*got \['widht'\]"):
+        create_model("loretrack", config)

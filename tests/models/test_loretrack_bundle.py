@@ -59,6 +59,7 @@ def test_a_bundle_with_one_exit_tracks(bundle: Bundle) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    torch.manual_seed(0)
     return export_untrained(
         create_model("loretrack-tiny"), tmp_path_factory.mktemp("tiny") / "bundle"
     )

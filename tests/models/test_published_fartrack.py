@@ -183,6 +183,22 @@ def test_a_search_factor_that_the_training_left_is_kept() -> None:
             lambda d: d.update({"backbone.pos_embed_z0": torch.ones(1, 7, 64)}),
             r"backbone.pos_embed_z0 of \(1, n \* n, width\), got \(1, 7, 64\)",
         ),
+        (
+            lambda d: [d.pop(name) for name in list(d) if "masknorm" in name],
+            "got backbone.prev_position_embeddings.weight without .* FARTrackSeq's",
+        ),
+        (
+            lambda d: d.update({"backbone.patch_embed.proj.weight": torch.ones(0, 3, 16, 16)}),
+            r"got \(0, 3, 16, 16\) and",
+        ),
+        (
+            lambda d: d.update({"backbone.patch_embed.proj.weight": torch.tensor(1.0)}),
+            r"got \(\) and",
+        ),
+        (
+            lambda d: d.update({"identity": torch.ones(1, 1, 64)}),
+            "got shapes that cannot be: num_templates: expected at least 1",
+        ),
         (lambda d: (d.clear(), d.update({"conv1.weight": torch.ones(1)})), "got 'conv1.weight'"),
     ],
 )

@@ -1,6 +1,7 @@
 """The search for a budget, on machines whose clocks are functions."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -54,7 +55,7 @@ def test_a_model_that_is_fast_enough_stays_whole() -> None:
     found = budget_for(20.0, clock(line, tried=tried))
 
     assert found.budget == 1.0
-    assert tried == [[0.01, 1.0]]
+    assert tried == [[0.01, 1.0], [0.01, 1.0]]
 
 
 def test_a_budget_that_was_fast_by_luck_is_found_out() -> None:
@@ -71,6 +72,27 @@ def test_a_budget_that_was_fast_by_luck_is_found_out() -> None:
     # Lucky once, 0.675 would do; lucky once of two times, 0.578.
     assert found.budget < 0.6
     assert found.timings[found.budget].median_ms <= 7.0
+
+
+@pytest.mark.parametrize("target_ms", [2.15, 7.0, 12.5])
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_chosen_was_compared_twice_at_least(seed: int, target_ms: float) -> None:
+    noise = random.Random(seed)
+    compared: Counter[float] = Counter()
+
+    def time_together(budgets: Sequence[float]) -> list[Timing]:
+        compared.update(budgets)
+        return [Timing(rounds_ms=(line(b) * (1 + noise.uniform(-0.1, 0.2)),)) for b in budgets]
+
+    try:
+        found = budget_for(target_ms, time_together, max_steps=4)
+    except ValueError as error:
+        assert "expected at least what the smallest" in str(error)  # noqa: PT017
+        assert target_ms == 2.15
+        assert compared[0.01] >= 2
+    else:
+        assert compared[found.budget] >= 2
+        assert found.timings[found.budget].median_ms <= target_ms
 
 
 @pytest.mark.parametrize("seed", range(20))

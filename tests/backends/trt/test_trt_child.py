@@ -58,8 +58,19 @@ def changed(job: BuildJob, **changes: object) -> BuildJob:
     return BuildJob(**{**vars(job), **changes})
 
 
+_others: set[int] = set()
+
+
 def children() -> list[int]:
-    return [int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [child for child in map(int, found) if child not in _others]
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """What this process had for children before, such as the resource tracker of multiprocessing."""
+    _others.clear()
+    _others.update(children())
 
 
 def at_first_step(act: Callable[[int], None]) -> Callable[[str, float], None]:

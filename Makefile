@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "" --numprocesses auto --dist loadfile
+	$(BIN)/pytest -m ""
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)

@@ -68,7 +68,7 @@ def children() -> list[int]:
 
 @pytest.fixture(autouse=True)
 def others() -> None:
-    """What this process had for children before, such as the resource tracker of multiprocessing."""
+    """What this process had for children before, such as multiprocessing's resource tracker."""
     _others.clear()
     _others.update(children())
 

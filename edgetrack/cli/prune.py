@@ -139,7 +139,7 @@ def prune(
             f"{found.timings[1.0]}"
         )
     title = f"{dense.name} pruned" + ("" if training else ", rated by weights, not fine-tuned")
-    columns = ("bundle", "units", "parameters", "MACs", "ms at full depth", "half of rounds")
+    columns = ("budget", "units", "parameters", "MACs", "ms at full depth", "half of rounds")
     print_table(title, columns, [_cells(row) for row in rows])
     for row in (row for row in rows if row["floored"]):
         typer.echo(
@@ -321,7 +321,7 @@ def _row(bundle: "Bundle", timing: "Timing") -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        row["bundle"],
+        f"{row['budget']:.3g}",
         f"{row['share_of_units']:.1%}",
         f"{row['parameters'] / 1e6:.2f} M",
         f"{row['macs'] / 1e6:.0f} M",

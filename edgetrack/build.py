@@ -148,9 +148,8 @@ def build(
     source.verify()
     needed_bytes = _needed_bytes(source, num_sets=1 if int8 is None else 2)
     with _explained(root, needed_bytes), _alone_in(root):
-        if not force and (
-            found := _up_to_date(source, compiler, root, key)
-        ):  # by a build that we waited for
+        # Again: a build that we waited for may have made them.
+        if not force and (found := _up_to_date(source, compiler, root, key)):
             return found
         _remove_dead_builds(root)
         if shutil.disk_usage(root).free < needed_bytes:

@@ -41,10 +41,10 @@ def export_bundle(
     output: Path,
     *,
     name: str,
-    operating_points: Mapping[str, Sequence[float]],
-    operating_point: str,
     provenance: Mapping[str, Any],
     licence: str,
+    operating_points: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    operating_point: str | None = None,
     criterion: str | None = None,
     rules: Mapping[str, float] = MappingProxyType({}),
 ) -> Bundle:
@@ -54,10 +54,11 @@ def export_bundle(
         model: The model; it is put into eval mode.
         output: The bundle's folder, replaced if it exists.
         name: ``<family>-<variant>`` or another readable name.
-        operating_points: Name → thresholds on the criterion, one per exit but the last.
-        operating_point: The default one.
         provenance: Data, recipe, samples seen, metrics: whatever JSON can hold.
         licence: What the weights may be used for.
+        operating_points: Name → thresholds on the criterion, one per exit but the last; none of
+            them is the model's own.
+        operating_point: The default one; ``None`` is the first.
         criterion: What the thresholds are compared with (see ``runtime.policies``); ``None`` is
             what the model's own are.
         rules: How answers become the target's state (see ``runtime.target``).
@@ -73,6 +74,8 @@ def export_bundle(
             "choose another folder"
         )
     model.eval()
+    own = {name: (t,) * (model.num_exits - 1) for name, t in model.operating_points.items()}
+    points = {name: tuple(values) for name, values in (operating_points or own).items()}
     with whole_folder(output) as folder:
         graphs = _export_graphs(model, folder)
         weights = save({k: v.contiguous() for k, v in model.state_dict().items()})
@@ -86,8 +89,8 @@ def export_bundle(
             crops=model.crops,
             template=graphs["template"],
             segments=tuple(graphs[f"segment_{k}"] for k in range(model.num_exits)),
-            operating_points={k: tuple(v) for k, v in operating_points.items()},
-            operating_point=operating_point,
+            operating_points=points,
+            operating_point=next(iter(points)) if operating_point is None else operating_point,
             criterion=model.criterion if criterion is None else criterion,
             rules=dict(rules),
             provenance=provenance,

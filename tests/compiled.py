@@ -20,10 +20,6 @@ def export_untrained(model: SegmentedModel, folder: Path) -> Bundle:
         model,
         folder,
         name=f"{model.family}-untrained",
-        operating_points={
-            k: (t,) * (model.num_exits - 1) for k, t in model.operating_points.items()
-        },
-        operating_point=next(iter(model.operating_points)),
         provenance={},
         licence="random weights",
     )

@@ -242,7 +242,6 @@ def export(
         raise typer.BadParameter(
             "expected a model with exits to choose between, got one exit", param_hint="--calibrate"
         )
-    default = next(iter(points or model.operating_points))
     sequences = _calibration_sequences(calibrate, provenance) if calibrate is not None else []
     with progress_bar() as bar:
         task = bar.add_task("exporting", total=None)
@@ -250,9 +249,7 @@ def export(
             model,
             output,
             name=name or provenance["recipe"]["model"],
-            operating_points=points
-            or {k: (t,) * (model.num_exits - 1) for k, t in model.operating_points.items()},
-            operating_point=default,
+            operating_points=points,
             provenance=provenance,
             licence=licence,
             criterion=criterion,

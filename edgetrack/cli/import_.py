@@ -94,10 +94,6 @@ def import_checkpoint(
             model,
             output or Path(name),
             name=name,
-            operating_points={
-                k: (t,) * (model.num_exits - 1) for k, t in model.operating_points.items()
-            },
-            operating_point=next(iter(model.operating_points)),
             provenance={"imported": {"file": checkpoint.name, "sha256": sha256_of(checkpoint)}},
             licence=licence,
         )

@@ -71,10 +71,6 @@ def open_dense(path: Path, output: Path) -> tuple[Bundle, SegmentedModel]:
             model,
             output / "dense",
             name=provenance["recipe"]["model"],
-            operating_points={
-                k: (t,) * (model.num_exits - 1) for k, t in model.operating_points.items()
-            },
-            operating_point=next(iter(model.operating_points)),
             provenance=provenance,
             licence=RESEARCH_LICENCE,
             rules=model.rules,

@@ -2,6 +2,7 @@ import importlib.util
 import io
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -72,16 +73,21 @@ class Settings:
         return (Settings, (), state)
 
 
+def save_with(settings: object, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, and settings under the name of OSTrack's own class, which only exists meanwhile."""
+    module = ModuleType("lib.train.admin.settings")
+    module.Settings = type(settings)  # type: ignore[attr-defined]  # a module of the test
+    with monkeypatch.context() as patch:
+        for name in ("lib", "lib.train", "lib.train.admin"):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        patch.setitem(sys.modules, module.__name__, module)
+        torch.save({"net": small_state_dict(), "settings": settings}, path)
+
+
 def test_settings_that_a_training_left_are_read_without_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = ModuleType("lib.train.admin.settings")
-    module.Settings = Settings  # type: ignore[attr-defined]  # a module of the test
-    with monkeypatch.context() as patch:
-        for name in ("lib", "lib.train", "lib.train.admin"):
-            patch.setitem(__import__("sys").modules, name, ModuleType(name))
-        patch.setitem(__import__("sys").modules, module.__name__, module)
-        torch.save({"net": small_state_dict(), "settings": Settings()}, tmp_path / "net.pth.tar")
+    save_with(Settings(), tmp_path / "net.pth.tar", monkeypatch)
 
     checkpoint = read_checkpoint(tmp_path / "net.pth.tar")
     model = load_ostrack(checkpoint)
@@ -103,13 +109,7 @@ class BareSettings:
 def test_settings_without_attributes_say_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = ModuleType("lib.train.admin.settings")
-    module.Settings = BareSettings  # type: ignore[attr-defined]  # a module of the test
-    with monkeypatch.context() as patch:
-        for name in ("lib", "lib.train", "lib.train.admin"):
-            patch.setitem(__import__("sys").modules, name, ModuleType(name))
-        patch.setitem(__import__("sys").modules, module.__name__, module)
-        torch.save({"net": small_state_dict(), "settings": BareSettings()}, tmp_path / "net.pth")
+    save_with(BareSettings(), tmp_path / "net.pth", monkeypatch)
 
     checkpoint = read_checkpoint(tmp_path / "net.pth")
 

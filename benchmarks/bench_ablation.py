@@ -4,11 +4,12 @@
         [--pseudo-tracks F] [--only NAME] [--seeds 0,1,2]
 
 Every run is trained alike but for its mix, in which a source that is left out is replaced by more
-of all others; then exported, and scored in closed loop with always the last exit. ``all`` is
-trained under every seed, the rest under the first one. A difference is taken per sequence, from the
-mean of ``all`` over its seeds; its interval says how far it rests on the choice of sequences, and
-the spread of ``all`` over its seeds how far on chance in training: believe what exceeds both.
-Cutouts of a set that is left out are still pasted. A run that is done is not trained again.
+of all others; then exported, and scored in closed loop with always the last exit, forwards as
+``edgetrack eval`` does and backwards. ``all`` is trained under every seed, the rest under the first
+one. A difference is that of the mean of both ways, per sequence, from the mean of ``all`` over its
+seeds; its interval says how far it rests on the choice of sequences, and the spread of ``all`` over
+its seeds how far on chance in training: believe what exceeds both. Cutouts of a set that is left
+out are still pasted. A run that is done is not trained again.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import RESULTS, score, slug, train_and_export
+from study import RESULTS, backwards, score, slug, train_and_export
 
 from edgetrack.bundle import Bundle
 from edgetrack.data.layouts import parse_source
@@ -69,28 +70,31 @@ def _without_second_stage(recipe: Recipe) -> Recipe:
 
 
 def evaluate(path: Path, sequences: list[Any]) -> dict[str, np.ndarray]:
-    """AUC and precision of each sequence with the last exit."""
+    """AUC and precision of each sequence with the last exit; AUC of both directions, too."""
     bundle = Bundle.load(path)
-    results = score(bundle, ExitPolicy.always_last(num_exits=bundle.num_exits), sequences)
+    policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
+    results = score(bundle, policy, sequences)
+    back = score(bundle, policy, [backwards(sequence) for sequence in sequences])
+    auc, auc_back = (np.array([r.metrics.success_auc for r in rs]) for rs in (results, back))
     return {
-        "auc": np.array([r.metrics.success_auc for r in results]),
+        "auc": auc,
         "precision_20px": np.array([r.metrics.precision_20px for r in results]),
+        "auc_both_ways": (auc + auc_back) / 2,
     }
 
 
 def summarise(found: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
     """Means of each run, and its difference to ``all``, with an interval."""
-    whole = [row["auc"] for name, row in found.items() if name.startswith("all, ")]
+    whole = [row["auc_both_ways"] for name, row in found.items() if name.startswith("all, ")]
     reference = np.mean(whole, 0) if whole else None
     rows = {}
     for name, row in found.items():
         rows[name] = {
-            "auc": float(row["auc"].mean()),
-            "precision_20px": float(row["precision_20px"].mean()),
+            **{key: float(values.mean()) for key, values in row.items()},
             "auc_per_sequence": row["auc"].round(4).tolist(),
         }
         if reference is not None:
-            differences = row["auc"] - reference
+            differences = row["auc_both_ways"] - reference
             rows[name]["difference"] = float(differences.mean())
             rows[name]["interval_95"] = bootstrap_interval(differences, seed=0)
     return rows
@@ -109,7 +113,7 @@ def plot(rows: dict[str, dict[str, Any]], out_png: Path, *, title: str) -> None:
     plot_curves(
         curves,
         out_png,
-        x_label="difference of mean AUC to all sources, 95 % over sequences",
+        x_label="difference of mean AUC, both ways, to all sources, 95 % over sequences",
         y_label="source left out, as in the legend",
         title=title,
     )
@@ -142,12 +146,14 @@ def run(args: argparse.Namespace) -> None:
         low, high = row.get("interval_95", (np.nan, np.nan))
         print(
             f"{name:28s} AUC {row['auc']:.3f}  P20 {row['precision_20px']:.3f}  "
+            f"both ways {row['auc_both_ways']:.3f}  "
             f"{row.get('difference', np.nan):+.3f} [{low:+.3f}, {high:+.3f}]"
         )
-    whole = [row["auc"] for name, row in rows.items() if name.startswith("all, ")]
+    whole = [row["auc_both_ways"] for name, row in rows.items() if name.startswith("all, ")]
     content = {
         "recipe": args.recipe,
         "samples": args.samples,
+        "config": Bundle.load(next(iter(bundles.values()))).config,
         "start": None if start is None else {"bundle": start.name, "digest": start.digest},
         "stem": None if args.stem is None else args.stem.name,
         "mixes": {name: dict(planned[name].mix) for name in names},

@@ -167,7 +167,14 @@ def train(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Folder of a training run; of several, which started from the same weights, the "
+            "mean of their weights",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="The bundle's folder, replaced if it exists")],
     calibrate: Annotated[
         str | None,
@@ -220,14 +227,16 @@ def export(
 
     with author_side():
         from edgetrack.export import export_bundle
-        from edgetrack.train.loop import load_trained
         from edgetrack.train.run import read_provenance
+        from edgetrack.train.soup import load_soup
 
     if criterion is not None:
         check_criterion(criterion)
     target_rules = None if rules is None else parse_rules(rules)
-    model = cut(load_trained(run), exits=exits, retention=retention)
-    provenance = read_provenance(run)
+    model = cut(load_soup(runs), exits=exits, retention=retention)
+    provenance = read_provenance(runs[0])
+    if len(runs) > 1:
+        provenance |= {"mean_of": [read_provenance(run) for run in runs]}
     points = dict(_parse_point(p) for p in point or ())
     for label, thresholds in points.items():
         if not label or len(thresholds) != model.num_exits - 1:

@@ -81,14 +81,14 @@ class EarlyExitViTConfig(TrunkConfig):
 CONFIGS: dict[str, EarlyExitViTConfig] = {
     "base": EarlyExitViTConfig(),
     "tiny": EarlyExitViTConfig(
-        template_size_px=64,
-        search_size_px=128,
+        template_size_px=80,
+        search_size_px=160,
         stem="shuffle",
         correlation_dim=64,
         dim=160,
         num_heads=5,
         mlp_ratio=3.0,
-        exit_after=(0, 3, 6),
+        exit_after=(0, 2, 4),
         bypass_dim=96,
         bypass_heads=3,
         head_channels=(64,),

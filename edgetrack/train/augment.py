@@ -28,7 +28,7 @@ Rng = np.random.Generator
 _NUM_NOISES = 1 << 20
 _LOW_RESOLUTIONS = np.linspace(0.2, 0.7, 11)  # few, because crops of one size are shrunk together
 _BLUR_REACH_PX = 4
-_MOTION_REACH_PX = 4
+_MOTION_REACH_PX = 8
 _MIDDLE_GREY = 110
 
 
@@ -232,7 +232,7 @@ def _some(rng: Rng, rate: float, values: Float64Array) -> Float32Array:
 
 
 def _draw_motion(rng: Rng, count: int) -> tuple[Float32Array, Int64Array]:
-    """Straight motions of 3 to 9 pixels: weights and offsets across, ``(count, 2K + 1)``."""
+    """Straight motions of 3 to 17 pixels: weights and offsets across, ``(count, 2K + 1)``."""
     length = rng.integers(3, 2 * _MOTION_REACH_PX + 2, size=(count, 1))
     ends = np.floor(rng.random((count, 2)) * length)
     k = np.arange(2 * _MOTION_REACH_PX + 1) - _MOTION_REACH_PX + length // 2

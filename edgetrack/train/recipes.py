@@ -173,6 +173,23 @@ RECIPES: dict[str, Recipe] = {
             calibration_clips=CALIBRATION_CLIPS,
             seed=7,
         ),
+        # From weights that track: half an hour of one CPU core.
+        Recipe(
+            name="early_exit_vit-tiny-tune",
+            model="early_exit_vit-tiny",
+            stages=(
+                Stage(
+                    objective="final_exit",
+                    samples=40_000,
+                    batch_size=32,
+                    learning_rate=4e-4,
+                    warmup_steps=50,
+                    frozen_stem_share=0.5,
+                ),
+                Stage(objective="shallow_exits", samples=40_000, batch_size=32, learning_rate=1e-3),
+            ),
+            calibration_clips=CALIBRATION_CLIPS,
+        ),
         # One GPU for twenty minutes.
         Recipe(
             name="early_exit_vit-tiny-gpu",

@@ -92,6 +92,20 @@ def test_wrong_training_options_are_named(
     assert not (home / "never").exists()
 
 
+@pytest.mark.slow
+def test_the_mean_of_runs_is_exported_with_where_each_comes_from(
+    home: Path, bundle: Bundle
+) -> None:
+    run = "runs/early_exit_vit-smoke"
+    done = edgetrack_here("export", run, run, "--output", "mean", cwd=home)
+
+    assert done.returncode == 0, done.stderr
+    mean = Bundle.load(home / "mean")
+    assert [of["samples"] for of in mean.provenance["mean_of"]] == [[16, 8], [16, 8]]
+    files = [b.path / "weights.safetensors" for b in (mean, bundle)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import RESULTS, backwards, score, slug, train_and_export
+from study import RESULTS, score, slug, train_and_export
 
 from edgetrack.bundle import Bundle
 from edgetrack.data.layouts import parse_source
@@ -74,7 +74,7 @@ def evaluate(path: Path, sequences: list[Any]) -> dict[str, np.ndarray]:
     bundle = Bundle.load(path)
     policy = ExitPolicy.always_last(num_exits=bundle.num_exits)
     results = score(bundle, policy, sequences)
-    back = score(bundle, policy, [backwards(sequence) for sequence in sequences])
+    back = score(bundle, policy, [sequence.backwards() for sequence in sequences])
     auc, auc_back = (np.array([r.metrics.success_auc for r in rs]) for rs in (results, back))
     return {
         "auc": auc,

@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study import RESULTS, backwards, score, slug, time_in_turns, train_and_export
+from study import RESULTS, score, slug, time_in_turns, train_and_export
 
 from edgetrack.backends.ort import cpu_name
 from edgetrack.bundle import Bundle
@@ -64,7 +64,7 @@ def train(name: str, changes: dict[str, Any], args: argparse.Namespace) -> Path:
 def evaluate(path: Path, sequences: list[Any]) -> dict[str, Any]:
     """Products, parameters, and mean AUC and precision of the last and the first exit."""
     bundle = Bundle.load(path)
-    turned = [backwards(sequence) for sequence in sequences]
+    turned = [sequence.backwards() for sequence in sequences]
     row: dict[str, Any] = {
         "parameters": sum_parameters(path),
         "macs": sum(segment.macs for segment in bundle.segments),

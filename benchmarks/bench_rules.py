@@ -2,8 +2,8 @@
 
     python benchmarks/bench_rules.py DATA_ROOT [--bundle B]
 
-Always the last exit, one thread; differences to no rule at all come with a paired bootstrap over
-the sequences. See ``edgetrack/runtime/target.py`` for the rules.
+Always the last exit, one thread, forwards and backwards; differences to no rule at all are those of
+the mean of both ways, with a paired bootstrap over the sequences. See ``edgetrack/runtime/target.py`` for the rules.
 """
 
 import argparse
@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, float]] = {
     "look 1.4 wider after 4 frames": {**WIDER, "patience": 4},
     "wider, look around when lost": {**WIDER, **LOST, "look_around": 0.4},
     "wider, hold the size": {**WIDER, "size_hold": 1.0},
+    "wider, hold 0.6 of the size": {**WIDER, "size_hold": 0.6},
     "wider, size smoothing 0.2": {**WIDER, "size_smoothing": 0.2},
     "wider, size smoothing 0.35": {**WIDER, "size_smoothing": 0.35},
 }
@@ -59,8 +60,10 @@ def main() -> None:
         chosen = TargetRules.of(rules)
         with Tracker(bundle, exit_policy=policy, rules=chosen, num_threads=1) as tracker:
             results = [evaluate_sequence(tracker, s) for s in sequences]
-        aucs = [r.metrics.success_auc for r in results]
-        gaps = np.subtract(aucs, rows["none"]["auc_per_sequence"] if rows else aucs)
+            back = [evaluate_sequence(tracker, s.backwards()) for s in sequences]
+        aucs, aucs_back = ([r.metrics.success_auc for r in each] for each in (results, back))
+        both = np.mean([aucs, aucs_back], 0)
+        gaps = both - (rows["none"]["auc_both_ways_per_sequence"] if rows else both)
         low, high = bootstrap_interval(gaps, seed=0)
         rows[name] = {
             "rules": rules,
@@ -69,7 +72,9 @@ def main() -> None:
             "gain": float(gaps.mean()),
             "gain_low": low,
             "gain_high": high,
+            "auc_both_ways": float(both.mean()),
             "auc_per_sequence": aucs,
+            "auc_both_ways_per_sequence": both.tolist(),
         }
     print(file=sys.stderr)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +83,7 @@ def main() -> None:
     for name, row in rows.items():
         print(
             f"{name:32s} AUC {row['auc']:.4f}  P20 {row['precision_20px']:.4f}  "
+            f"both ways {row['auc_both_ways']:.4f}  "
             f"{row['gain']:+.4f} [{row['gain_low']:+.4f}, {row['gain_high']:+.4f}]"
         )
 

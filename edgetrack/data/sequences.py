@@ -10,6 +10,7 @@ separated by commas, spaces or tabs. A row of NaN, or of four zeros, says that t
 absent.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,19 @@ class Sequence:
             SourceError: A picture cannot be read.
         """
         return map(read_image, self.frame_paths)
+
+    def backwards(self) -> "Sequence":
+        """The same frames from the last one that shows the target to the first.
+
+        A second way to lose the same target: where one loss moves a mean over few sequences by
+        more than what is compared, track both ways.
+        """
+        last = int(np.flatnonzero(np.isfinite(self.boxes_xywh).all(1))[-1])
+        return dataclasses.replace(
+            self,
+            frame_paths=self.frame_paths[last::-1],
+            boxes_xywh=self.boxes_xywh[last::-1].copy(),
+        )
 
 
 def read_sequences(root: str | os.PathLike[str]) -> list[Sequence]:

@@ -31,6 +31,13 @@ def test_a_sequence_holds_frames_and_truth_in_order(tmp_path: Path) -> None:
     assert_array_equal(sequence.boxes_xywh, [[1, 2, 3, 4], [5.5, 6, 7, 8], [np.nan] * 4])
 
 
+def test_backwards_starts_at_the_last_frame_that_shows_the_target(tmp_path: Path) -> None:
+    sequence = read_sequence(write_sequence(tmp_path)).backwards()
+
+    assert [int(f[0, 0, 0]) for f in sequence.frames()] == [20, 0]
+    assert_array_equal(sequence.boxes_xywh, [[5.5, 6, 7, 8], [1, 2, 3, 4]])
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -3,7 +3,8 @@
     python benchmarks/bench_rules.py DATA_ROOT [--bundle B]
 
 Always the last exit, one thread, forwards and backwards; differences to no rule at all are those of
-the mean of both ways, with a paired bootstrap over the sequences. See ``edgetrack/runtime/target.py`` for the rules.
+the mean of both ways, with a paired bootstrap over the sequences. See
+``edgetrack/runtime/target.py`` for the rules.
 """
 
 import argparse

@@ -71,14 +71,14 @@ class DyTrackConfig(TrunkConfig):
 CONFIGS: dict[str, DyTrackConfig] = {
     "base": DyTrackConfig(),
     "tiny": DyTrackConfig(
-        template_size_px=64,
-        search_size_px=128,
+        template_size_px=80,
+        search_size_px=160,
         stem="shuffle",
         correlation_dim=64,
         dim=160,
         num_heads=5,
         mlp_ratio=3.0,
-        exit_after=(1, 3, 6),
+        exit_after=(1, 2, 4),
         head_channels=(48, 32),
         head_upsample=2,
         drop_path=0.0,

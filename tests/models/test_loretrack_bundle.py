@@ -76,4 +76,4 @@ def test_tensorrt_builds_every_graph_of_tiny(tiny: Bundle, precision: str) -> No
         is_int8 = precision == "int8" and name != "template"
         assert ("Int8" in precisions_of_products(rows)) == is_int8, name
         assert "Float" not in precisions_of_products(rows), name
-        assert num_attentions(rows) == (6 if name == "segment_0" else 0), name
+        assert num_attentions(rows) == (4 if name == "segment_0" else 0), name

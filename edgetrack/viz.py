@@ -40,6 +40,7 @@ _LOST_COLOUR = (0, 0, 235)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _AXIS_KEYS = {"stage", "step", "samples"}
 _WINDOW = "edgetrack"
+_MAX_CURVES_BELOW_A_LEGEND = 6  # more of them and it stands beside the panel
 
 
 def exit_colour(exit_index: int, *, num_exits: int) -> Colour:
@@ -193,8 +194,11 @@ def plot_curves(
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out_png, dpi=120)
+    if len(curves) > _MAX_CURVES_BELOW_A_LEGEND:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.legend()
+    figure.savefig(out_png, dpi=120, bbox_inches="tight")
 
 
 def plot_losses(

@@ -206,5 +206,5 @@ def test_tensorrt_builds_every_graph_of_tiny(tiny: Bundle, precision: str) -> No
         if name.startswith("segment"):
             assert ("Int8" in precisions_of_products(rows)) == (precision == "int8"), name
         assert "Float" not in precisions_of_products(rows), name
-        num_blocks = {"segment_0": 1, "segment_1": 2, "segment_2": 3}.get(name, 0)
+        num_blocks = {"segment_0": 1, "segment_1": 1, "segment_2": 2}.get(name, 0)
         assert num_attentions(rows) == num_blocks, name

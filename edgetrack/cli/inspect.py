@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["doctor", "inspect"]
 
+_MAX_SHOWN = 300  # characters of one entry of a provenance; one run may have started from others
+
 
 def inspect(
     path: Annotated[
@@ -295,7 +297,8 @@ def _print_provenance(provenance: Any) -> None:
     evaluation = provenance.get("evaluation", {})
     for key, value in provenance.items():
         if value is not evaluation:
-            typer.echo(f"{key}: {value}")
+            text = f"{key}: {value}"
+            typer.echo(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} … (all: --json)")
     if metrics := evaluation.get("metrics"):
         columns = ("stops", "success_auc", "precision_20px", "ao")
         rows = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from command_line import edgetrack
+from command_line import edgetrack, edgetrack_here
 from toy_bundle import write_toy_bundle
 
 from edgetrack.cli import app
@@ -217,6 +217,14 @@ def test_inspect_shows_a_bundle_and_its_engines(home: Path) -> None:
     ]
     assert set(engines["graphs"]) == {g["name"] for g in bundle["graphs"]}
     assert engines["key"]["bundle_digest"] == bundle["digest"]
+
+
+def test_inspect_cuts_a_long_record_and_names_what_shows_all(home: Path) -> None:
+    shown = edgetrack_here("inspect", cwd=home).stdout.splitlines()
+
+    (start,) = (line for line in shown if line.startswith("start: "))
+    assert start.endswith(" … (all: --json)")
+    assert len(start) < 350
 
 
 def test_inspect_shows_heads_and_what_is_carried(home: Path) -> None:

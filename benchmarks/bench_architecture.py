@@ -67,7 +67,7 @@ def evaluate(path: Path, sequences: list[Any]) -> dict[str, Any]:
     turned = [sequence.backwards() for sequence in sequences]
     row: dict[str, Any] = {
         "parameters": sum_parameters(path),
-        "macs": sum(segment.macs for segment in bundle.segments),
+        "macs": bundle.exit_macs[-1],
     }
     for label, policy in {
         "last": ExitPolicy.always_last(num_exits=bundle.num_exits),

@@ -38,7 +38,7 @@ from edgetrack.models.heads import (
     hann_window,
     search_grid,
 )
-from edgetrack.models.one_stream import OneStreamModel, TrunkConfig
+from edgetrack.models.one_stream import TINY_TRUNK, OneStreamModel, TrunkConfig
 from edgetrack.models.segmented import State
 
 __all__ = ["CONFIGS", "DyTrack", "DyTrackConfig"]
@@ -71,17 +71,9 @@ class DyTrackConfig(TrunkConfig):
 CONFIGS: dict[str, DyTrackConfig] = {
     "base": DyTrackConfig(),
     "tiny": DyTrackConfig(
-        template_size_px=80,
-        search_size_px=160,
-        stem="shuffle",
-        correlation_dim=64,
-        dim=160,
-        num_heads=5,
-        mlp_ratio=3.0,
+        **TINY_TRUNK,
         exit_after=(1, 2, 4),
         head_channels=(48, 32),
-        head_upsample=2,
-        drop_path=0.0,
     ),
 }
 

@@ -36,7 +36,7 @@ from edgetrack.models.heads import (
     search_grid,
 )
 from edgetrack.models.layers import BatchNorm2d, ConvNormAct, ShuffleStem
-from edgetrack.models.one_stream import OneStreamModel, TrunkConfig
+from edgetrack.models.one_stream import TINY_TRUNK, OneStreamModel, TrunkConfig
 from edgetrack.models.units import Gate, Side, Units, num_outputs
 
 __all__ = ["CONFIGS", "EarlyExitViT", "EarlyExitViTConfig"]
@@ -81,22 +81,14 @@ class EarlyExitViTConfig(TrunkConfig):
 CONFIGS: dict[str, EarlyExitViTConfig] = {
     "base": EarlyExitViTConfig(),
     "tiny": EarlyExitViTConfig(
-        template_size_px=80,
-        search_size_px=160,
-        stem="shuffle",
-        correlation_dim=64,
-        dim=160,
-        num_heads=5,
-        mlp_ratio=3.0,
+        **TINY_TRUNK,
         exit_after=(0, 2, 4),
         bypass_dim=96,
         bypass_heads=3,
         head_channels=(64,),
         shallow_head_channels=(48,),
         num_towers=1,
-        head_upsample=2,
         bin_size=1 / 26,
-        drop_path=0.0,
     ),
 }
 

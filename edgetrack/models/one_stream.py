@@ -8,6 +8,8 @@ search cells as an input, and an embedding of where the target's box covers the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,22 @@ from edgetrack.models.layers import ShuffleStem, box_coverage
 from edgetrack.models.segmented import SegmentedModel, State
 from edgetrack.models.trunk import Backbone, CorrelationPrior
 
-__all__ = ["OneStreamModel", "TrunkConfig"]
+__all__ = ["TINY_TRUNK", "OneStreamModel", "TrunkConfig"]
+
+# The trunk of the bundle that ships, but for its depth; ``tiny`` variants start from its weights.
+TINY_TRUNK: Mapping[str, Any] = MappingProxyType(
+    {
+        "template_size_px": 80,
+        "search_size_px": 160,
+        "stem": "shuffle",
+        "correlation_dim": 64,
+        "dim": 160,
+        "num_heads": 5,
+        "mlp_ratio": 3.0,
+        "head_upsample": 2,
+        "drop_path": 0.0,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,7 +164,7 @@ def test_both_twins_have_the_same_int8_numbers(shipped_bundle: Bundle) -> None:
 
     full_weights, half_weights = weights_of(full), weights_of(half)
     int8 = {name for name, w in full_weights.items() if w.dtype == np.int8}
-    assert len(int8) > 15
+    assert len(int8) == 19
     for name in int8:
         np.testing.assert_array_equal(half_weights[name], full_weights[name])
     scales = [n for n in full_weights if n.endswith("_scale")]
@@ -181,7 +181,7 @@ def test_the_fp16_twin_puts_no_cast_between_int8_and_its_product(shipped_bundle:
 
     types = types_of(twin)
     pairs = [n for n in twin.graph.node if n.op_type == "DequantizeLinear"]
-    assert len(pairs) > 15
+    assert len(pairs) == 18
     for node in pairs:
         readers = [n for n in twin.graph.node if node.output[0] in n.input]
         assert {n.op_type for n in readers} <= {"Conv", "MatMul"}

@@ -168,7 +168,7 @@ def test_both_twins_have_the_same_int8_numbers(shipped_bundle: Bundle) -> None:
     for name in int8:
         np.testing.assert_array_equal(half_weights[name], full_weights[name])
     scales = [n for n in full_weights if n.endswith("_scale")]
-    assert len(scales) > 15
+    assert len(scales) == 18
     for name in scales:
         assert half_weights[name].dtype == np.float16
         np.testing.assert_array_equal(half_weights[name].astype(np.float32), full_weights[name])
